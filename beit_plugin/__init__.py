@@ -1,0 +1,3 @@
+"""BEiT for timm and OpenMMLab."""
+
+__version__ = '0.1.0'

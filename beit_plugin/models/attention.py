@@ -1,0 +1,156 @@
+"""Self-attention of BEiT (arXiv:2106.08254): query and value have a bias, key has none, scores get a position bias.
+
+Parameter names are those of unilm ``beit/modeling_finetune.py`` and timm: ``qkv``, ``q_bias``, ``v_bias``, ``proj``,
+``relative_position_bias_table``.
+
+Shapes: B batch, N tokens, C channels, K heads, D head dim.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .relative_position import BiasGeometry, gather_bias, num_relative_distance
+
+__all__ = ['ATTENTION_BACKENDS', 'Attention', 'AttentionBackend', 'attention', 'eager_attention']
+
+AttentionBackend = Literal['auto', 'eager', 'sdpa']
+ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
+
+
+def eager_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    head_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The reference: every step written out; in float64 it is what the other backends are measured against.
+
+    Arguments:
+        q, k, v: (B, K, N, D).
+        bias: (K, N, N) added to the scaled scores.
+        dropout_p: probability with which an attention weight is dropped.
+        head_mask: (K,) factors of the attention weights, 0 switches a head off.
+
+    Returns:
+        The output (B, K, N, D) and the weights (B, K, N, N), after softmax, dropout and mask.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B, K, N, N
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    half = scores.dtype in (torch.float16, torch.bfloat16)
+    weights = scores.softmax(-1, dtype=torch.float32 if half else None).to(q.dtype)
+    weights = F.dropout(weights, dropout_p)
+    if head_mask is not None:
+        weights = weights * head_mask.to(weights.dtype)[:, None, None]
+    return weights @ v, weights
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str = 'auto',
+) -> Tensor:
+    """Softmax(q k^T / sqrt(D) + bias) v by the backend asked for; ``auto`` is ``sdpa``.
+
+    Arguments and shapes are those of ``eager_attention``; the result is (B, K, N, D).
+    """
+    if backend == 'eager':
+        return eager_attention(q, k, v, bias, dropout_p)[0]
+    # a bias of another dtype than the query's would be refused, or misread by cuDNN (pytorch issue 191612)
+    mask = None if bias is None else bias.to(q.dtype)[None]  # 1, K, N, N
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a learned relative position bias of its own, a shared one, both or none.
+
+    Arguments:
+        dim: C, a multiple of ``num_heads``.
+        num_heads: K.
+        qkv_bias: learn a bias of query and value (the key's would not change the softmax).
+        attn_drop, proj_drop: dropout of the attention weights and of the output, 0 to 1.
+        window_size: (h, w) grid of this layer's bias table; None for no table.
+        backend: one of ``ATTENTION_BACKENDS``.
+
+    Raises:
+        ValueError: ``dim`` is no multiple of ``num_heads``, or the backend is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        window_size: tuple[int, int] | None = None,
+        backend: AttentionBackend = 'auto',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f'embed_dim must be a multiple of num_heads, got {dim} and {num_heads} heads')
+        if backend not in ATTENTION_BACKENDS:
+            raise ValueError(f"attn_backend must be one of {', '.join(ATTENTION_BACKENDS)}, got {backend!r}")
+        self.num_heads = num_heads
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
+        self.q_bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if qkv_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if qkv_bias else None
+        self.relative_position_bias_table = None
+        if window_size is not None:
+            rows = num_relative_distance(window_size)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads, device=device, dtype=dtype))
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self,
+        x: Tensor,
+        geometry: BiasGeometry | None = None,
+        shared_bias: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends over all tokens.
+
+        Arguments:
+            x: (B, N, C), N = 1 + h*w.
+            geometry: how this layer's table is read at the grid of x; needed if it has one.
+            shared_bias: (K, N, N) bias common to all layers.
+            head_mask: (K,) factors of the heads.
+            return_weights: also return the attention weights (then computed by the eager reference).
+
+        Returns:
+            (B, N, C), and the weights (B, K, N, N) or None.
+        """
+        B, N, C = x.shape
+        qkv_bias = None
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # 3*C
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, K, N, D
+
+        bias = shared_bias
+        if self.relative_position_bias_table is not None and geometry is not None:
+            own = gather_bias(self.relative_position_bias_table, geometry)
+            bias = own if bias is None else own + bias
+
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        weights = None
+        if return_weights or head_mask is not None:
+            out, weights = eager_attention(q, k, v, bias, dropout_p, head_mask)
+        else:
+            out = attention(q, k, v, bias, dropout_p, self.backend)
+        out = out.transpose(1, 2).reshape(B, N, C)
+        return self.proj_drop(self.proj(out)), weights

@@ -1,0 +1,114 @@
+"""Learned relative position bias of BEiT (arXiv:2106.08254), after T5 (arXiv:1910.10683): the one copy of it.
+
+A table holds one value per head for each offset between two patches and three for pairs that involve [CLS]; the bias of
+a grid reads the table through an index. Row layout and offsets (query minus key) are those of unilm
+``beit/modeling_finetune.py``, so its tables, timm's, transformers' and mmsegmentation's can be read as they are.
+
+Shapes: h, w grid in patches; N = 1 + h*w tokens; K heads.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .resample import NUM_CLS_ROWS, apply_resize, resize_matrices
+
+__all__ = ['BiasGeometry', 'RelativePositionBias', 'bias_geometry', 'gather_bias', 'num_relative_distance']
+
+ALIGNMENT = 8  # SDPA's CUDA kernels read a bias in place only when its rows start at multiples of 8 elements
+CACHED_TOKENS = 2048  # an index of this many tokens takes 32 MiB; larger ones are made anew each time
+
+
+class BiasGeometry(NamedTuple):
+    """All that a bias needs to know of the grid; prepared once per forward and shared by all layers."""
+
+    index: Tensor  # N, N (or N, N padded to a multiple of ALIGNMENT): row of the grid's table
+    num_tokens: int  # N
+    matrices: tuple[Tensor, Tensor] | None  # from the stored table's grid to this one; None when they are the same
+
+
+def num_relative_distance(window_size: tuple[int, int]) -> int:
+    """Rows of the table of an (h, w) grid."""
+    return (2 * window_size[0] - 1) * (2 * window_size[1] - 1) + NUM_CLS_ROWS
+
+
+def relative_position_index(h: int, w: int, device: torch.device | None = None, pad: int = 0) -> Tensor:
+    """Row of the bias table for each pair of tokens (query, key), [CLS] first.
+
+    Arguments:
+        h, w: grid in patches.
+        pad: columns to append (they point at row 0 and are never read).
+
+    Returns:
+        (1 + h*w, 1 + h*w + pad) int64.
+    """
+    rows = torch.arange(h, device=device) * (2 * w - 1)
+    place = (rows[:, None] + torch.arange(w, device=device)).flatten()  # h*w
+    index = place[:, None] - place[None, :] + ((h - 1) * (2 * w - 1) + w - 1)  # h*w, h*w
+    last = num_relative_distance((h, w)) - 1
+    cls_to_token = torch.full_like(index[:1], last - 2)  # 1, h*w
+    token_to_cls = torch.full_like(index[:, :1], last - 1)  # h*w, 1
+    top = torch.cat((torch.full_like(index[:1, :1], last), cls_to_token), 1)
+    index = torch.cat((top, torch.cat((token_to_cls, index), 1)))  # N, N
+    return F.pad(index, (0, pad)) if pad else index
+
+
+@lru_cache(maxsize=32)
+def _cached_index(h: int, w: int, device: torch.device, pad: int) -> Tensor:
+    with torch.inference_mode(False):
+        return relative_position_index(h, w, device, pad)
+
+
+def bias_geometry(window_size: tuple[int, int], grid: tuple[int, int], rule: str, device: torch.device) -> BiasGeometry:
+    """Prepares the bias of tables stored for ``window_size`` at the (h, w) grid of an input.
+
+    Arguments:
+        window_size: (h, w) in patches that the tables belong to.
+        grid: (h, w) of the input.
+        rule: how tables are resized, one of ``resample.RESIZE_RULES``.
+    """
+    h, w = grid
+    num_tokens = 1 + h * w
+    symbolic = isinstance(num_tokens, torch.SymInt)
+    pad = 0 if symbolic or device.type != 'cuda' else -num_tokens % ALIGNMENT
+    cacheable = not symbolic and not torch.compiler.is_compiling() and num_tokens <= CACHED_TOKENS
+    index = (_cached_index if cacheable else relative_position_index)(h, w, device, pad)
+    return BiasGeometry(index, num_tokens, resize_matrices(window_size, grid, rule, device))
+
+
+def gather_bias(table: Tensor, geometry: BiasGeometry) -> Tensor:
+    """The bias of every pair of tokens: (K, N, N), differentiable in ``table`` ((2h-1)*(2w-1)+3, K)."""
+    if geometry.matrices is not None:
+        table = apply_resize(table, geometry.matrices)
+    index = geometry.index
+    # picking columns of the transposed table gives the heads first without a transpose of the large result
+    bias = table.t().contiguous().index_select(1, index.reshape(-1))  # K, N*N
+    return bias.reshape(-1, index.shape[0], index.shape[1])[..., : geometry.num_tokens]
+
+
+class RelativePositionBias(nn.Module):
+    """One table for all layers, the form that pre-training uses.
+
+    Arguments:
+        window_size: (h, w) grid in patches of the stored table.
+        num_heads: K.
+    """
+
+    def __init__(
+        self,
+        window_size: tuple[int, int],
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros(num_relative_distance(window_size), num_heads, device=device, dtype=dtype)
+        )
+
+    def forward(self, geometry: BiasGeometry) -> Tensor:
+        """Returns (K, N, N)."""
+        return gather_bias(self.relative_position_bias_table, geometry)

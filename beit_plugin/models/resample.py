@@ -1,0 +1,197 @@
+"""Resizing of everything that is tied to a patch grid: relative position bias tables, absolute positions, patch kernels.
+
+The three rules of a bias table differ in where they put the old offsets on the new grid and how they read between them:
+
+=============  =====================================  ============  ==========================================
+rule           axis of the old offsets                kernel        source
+=============  =====================================  ============  ==========================================
+``geometric``  geometric series, ratio by bisection   cubic spline  BEiT, unilm ``beit/run_class_finetuning.py``
+``linear``     the same                               linear        timm 1.0.31 ``resize_rel_pos_bias_table``
+``bilinear``   uniform, pixel centres                 linear        transformers 5.23 ``BeitRelativePositionBias``
+=============  =====================================  ============  ==========================================
+
+Each is linear in the table and separable, so a resize is ``W_y . T . W_x^T`` with one small matrix per axis.
+
+Shapes: h, w grid in patches; K heads; S = 2 * size - 1 offsets along an axis.
+"""
+
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from torch import Tensor
+
+__all__ = [
+    'RESIZE_RULES',
+    'ResizeRule',
+    'offset_resize_matrix',
+    'resample_abs_pos_embed',
+    'resample_patch_embed',
+    'resize_matrices',
+    'resize_rel_pos_bias_table',
+]
+
+ResizeRule = Literal['geometric', 'linear', 'bilinear']
+RESIZE_RULES: tuple[str, ...] = get_args(ResizeRule)
+NUM_CLS_ROWS = 3  # the last rows of a table: [CLS] to token, token to [CLS], [CLS] to [CLS]
+
+
+def _geometric_offsets(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Places the ``2 * old - 1`` old offsets on the new axis, denser near 0: sums of a geometric series.
+
+    Returns:
+        (2 * old - 1,), increasing and symmetric around 0; the outermost one stands near ``new - 1``.
+    """
+    exponents = torch.arange(old - 1, device=device, dtype=dtype)  # old-1
+    low = torch.full((), 1.01, device=device, dtype=dtype)  # the search interval of the official code
+    high = torch.full((), 1.5, device=device, dtype=dtype)
+    for _ in range(19):  # halvings until the interval is below 1e-6, the official tolerance
+        ratio = (low + high) / 2
+        too_far = (ratio**exponents).sum() > new - 1
+        low, high = torch.where(too_far, low, ratio), torch.where(too_far, ratio, high)
+    # the official loop ends with the ratio it tried last, not with the middle of the final interval
+    positive = torch.cumsum(ratio**exponents, 0) if old > 1 else exponents  # old-1
+    return torch.cat((-positive.flip(0), positive.new_zeros(1), positive))  # 2*old-1
+
+
+def _spline_basis(x: Tensor, knots: Tensor, degree: int) -> Tensor:
+    """B-spline basis by Cox and de Boor: (len(x), len(knots) - degree - 1)."""
+    left, right = knots[:-1], knots[1:]
+    tiny = torch.finfo(knots.dtype).tiny
+    last = torch.arange(left.shape[0], device=x.device) == left.shape[0] - degree - 1
+    x = x[:, None]
+    # the last non-empty interval is closed on the right, so that the end point belongs to it
+    basis = ((x >= left) & ((x < right) | (last & (x <= right)))).to(knots.dtype)  # n, len(knots)-1
+    for k in range(1, degree + 1):
+        rise = knots[k:-1] - knots[: -k - 1]
+        fall = knots[k + 1 :] - knots[1:-k]
+        up = torch.where(rise > 0, (x - knots[: -k - 1]) / rise.clamp(min=tiny), 0.0)
+        down = torch.where(fall > 0, (knots[k + 1 :] - x) / fall.clamp(min=tiny), 0.0)
+        basis = up * basis[:, :-1] + down * basis[:, 1:]
+    return basis
+
+
+def _interpolation_matrix(points: Tensor, x: Tensor, degree: int) -> Tensor:
+    """Values at ``points`` to values at ``x`` by an interpolating spline (not-a-knot ends, as FITPACK with s=0).
+
+    ``x`` is clamped to the range of the points, as FITPACK does, so nothing is extrapolated.
+
+    Returns:
+        (len(x), len(points)).
+    """
+    n = points.shape[0]
+    if n == 1:
+        return points.new_ones(x.shape[0], 1)
+    degree = min(degree, n - 1)
+    ends = (degree + 1) // 2
+    inner = points[ends : n - ends] if degree % 2 else points[:0]  # degree 2 only happens with three points
+    knots = torch.cat((points[:1].expand(degree + 1), inner, points[-1:].expand(degree + 1)))
+    x = torch.minimum(torch.maximum(x, points[0]), points[-1])
+    at_points = _spline_basis(points, knots, degree)  # n, n
+    at_x = _spline_basis(x, knots, degree)  # len(x), n
+    # solve_ex does not wait for the device to report a singular matrix; a spline basis at its own points is regular
+    return torch.linalg.solve_ex(at_points, at_x, left=False)[0]
+
+
+def offset_resize_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The linear map that takes one axis of a bias table from ``old`` to ``new`` patches.
+
+    Made of tensor operations only, so that ``torch.export`` keeps it right for a dynamic ``new``.
+
+    Returns:
+        (2 * new - 1, 2 * old - 1); the identity when the sizes are equal.
+    """
+    rows = 2 * new - 1
+    offsets = torch.arange(rows, device=device, dtype=dtype)  # 0 is offset -(new-1)
+    if rule == 'bilinear':
+        old_points = torch.arange(2 * old - 1, device=device, dtype=dtype)
+        x = (offsets + 0.5) * ((2 * old - 1) / rows) - 0.5  # pixel centres, align_corners=False
+        matrix = _interpolation_matrix(old_points, x, 1)
+    else:
+        old_points = _geometric_offsets(old, new, device, dtype)
+        matrix = _interpolation_matrix(old_points, offsets - (new - 1), 3 if rule == 'geometric' else 1)
+    if isinstance(new, torch.SymInt):  # which size it will be is known only when the exported program runs
+        same = offsets.new_full((), 1.0) * new == old
+        return torch.where(same, torch.eye(rows, 2 * old - 1, device=device, dtype=dtype), matrix)
+    return torch.eye(rows, device=device, dtype=dtype) if new == old else matrix
+
+
+@lru_cache(maxsize=256)
+def _cached_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # outside of inference mode, or the cached tensor could not take part in a later training step
+    with torch.inference_mode(False), torch.no_grad():
+        return offset_resize_matrix(old, new, rule, torch.device('cpu'), dtype).to(device)
+
+
+def resize_matrices(
+    old: tuple[int, int], new: tuple[int, int], rule: str, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """The two maps of a table resize, cached by size; None when there is nothing to do.
+
+    Arguments:
+        old: (h, w) of the grid that the table belongs to.
+        new: (h, w) wanted.
+        rule: one of ``RESIZE_RULES``.
+
+    Returns:
+        (2*h_new-1, 2*h_old-1) and (2*w_new-1, 2*w_old-1) in float64 (float32 on devices that have no float64).
+    """
+    dtype = torch.float32 if device.type == 'mps' else torch.float64
+    symbolic = any(isinstance(size, torch.SymInt) for size in new)
+    if not symbolic and tuple(old) == tuple(new):
+        return None
+    make = offset_resize_matrix if symbolic or torch.compiler.is_compiling() else _cached_matrix
+    return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)
+
+
+def apply_resize(table: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    """Resizes a table (S_y * S_x + 3, K) by two maps; the [CLS] rows stay as they are.
+
+    The product is taken in the dtype of the maps: float64 costs nothing at this size, and autocast leaves it alone.
+    """
+    to_y, to_x = matrices
+    heads = table.shape[1]
+    patch_rows = table[: -NUM_CLS_ROWS].to(to_y.dtype).reshape(to_y.shape[1], to_x.shape[1] * heads)
+    resized = to_y @ patch_rows  # S_y', S_x*K
+    resized = resized.reshape(to_y.shape[0], to_x.shape[1], heads).permute(0, 2, 1) @ to_x.t()  # S_y', K, S_x'
+    resized = resized.permute(0, 2, 1).reshape(-1, heads).to(table.dtype)  # S_y'*S_x', K
+    return torch.cat((resized, table[-NUM_CLS_ROWS:]))
+
+
+def resize_rel_pos_bias_table(
+    table: Tensor, old: tuple[int, int], new: tuple[int, int], rule: ResizeRule = 'geometric'
+) -> Tensor:
+    """Takes a bias table from one grid to another.
+
+    Always start from the stored table: a resize loses information, so do not chain them.
+
+    Arguments:
+        table: ((2h-1)*(2w-1)+3, K), the last three rows for [CLS].
+        old: (h, w) of the table's grid in patches.
+        new: (h, w) of the wanted grid.
+        rule: see the top of this module.
+
+    Returns:
+        ((2h'-1)*(2w'-1)+3, K), differentiable in ``table``; ``table`` itself when the grids are equal.
+
+    Raises:
+        ValueError: the table does not fit ``old``, or the rule is unknown.
+    """
+    check_rule(rule)
+    expected = (2 * old[0] - 1) * (2 * old[1] - 1) + NUM_CLS_ROWS
+    if table.ndim != 2 or table.shape[0] != expected:
+        raise ValueError(
+            f'a bias table of a {old[0]}x{old[1]} grid has shape ({expected}, heads), got {tuple(table.shape)}; '
+            'give the grid that the table was trained on'
+        )
+    if table.is_meta:
+        return table.new_empty((2 * new[0] - 1) * (2 * new[1] - 1) + NUM_CLS_ROWS, table.shape[1])
+    matrices = resize_matrices(old, new, rule, table.device)
+    return table if matrices is None else apply_resize(table, matrices)
+
+
+def check_rule(rule: str) -> None:
+    """Raises a ValueError that lists the known rules when ``rule`` is none of them."""
+    if rule not in RESIZE_RULES:
+        raise ValueError(f"rel_pos_resize must be one of {', '.join(RESIZE_RULES)}, got {rule!r}")

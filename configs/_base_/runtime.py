@@ -1,0 +1,30 @@
+"""What every configuration shares: registration, hooks, logs and the wrapper for several processes."""
+
+custom_imports = dict(imports=['beit_plugin.mm'], allow_failed_imports=False)
+default_scope = 'mmseg'
+
+env_cfg = dict(
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'))  # on CPU: --cfg-options env_cfg.dist_cfg.backend=gloo
+
+# named without device_ids: DDP then also takes models that live on the CPU
+model_wrapper_cfg = dict(type='MMDistributedDataParallel', broadcast_buffers=False, find_unused_parameters=False)
+
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=2),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='SegVisualizationHook'))
+log_processor = dict(by_epoch=False)
+log_level = 'INFO'
+vis_backends = [dict(type='LocalVisBackend')]
+visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
+
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+tta_model = dict(type='SegTTAModel')
+load_from = None
+resume = False
