@@ -31,6 +31,9 @@ PALETTE = {
 }
 CLASSES = tuple(PALETTE)
 SPLITS = ('training', 'validation')
+import os
+HUE_SPREAD=float(os.environ.get('HUE','0.05'))
+HUE_SPREAD=float(os.environ.get('HUE','0.05'))
 MIN_SIDE, MAX_SIDE = 96, 160
 
 
@@ -54,17 +57,17 @@ INSIDE = {
     'square': polygon(4, np.cos(np.pi / 4)),
     'ring': lambda x, y: np.abs(np.hypot(x, y) - 0.7) <= 0.25,
     'cross': lambda x, y: (np.minimum(np.abs(x), np.abs(y)) <= 0.26) & (np.maximum(np.abs(x), np.abs(y)) <= 0.95),
-    'star': polygon(5, 0.42),
+    'star': polygon(5, 0.5),
 }
 
 
-def colour(rng: np.random.Generator, saturation: float, value: float) -> np.ndarray:
-    """A random hue as RGB in [0, 1]."""
-    phase = (rng.random() + np.array([0, 1 / 3, 2 / 3])) * 2 * np.pi
+def colour(hue: float, saturation: float, value: float) -> np.ndarray:
+    """RGB in [0, 1]; `hue` in turns."""
+    phase = (hue + np.array([0, 1 / 3, 2 / 3])) * 2 * np.pi
     return value * (1 - saturation * (0.5 - 0.5 * np.cos(phase)))
 
 
-def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, saturation: float) -> np.ndarray:
+def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, hue: float, saturation: float) -> np.ndarray:
     """Two colours mixed by a random pattern at the pixel positions x, y; returns H, W, 3 in [0, 1]."""
     period, angle, phase = rng.uniform(5, 14), rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
     u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period + phase
@@ -76,7 +79,7 @@ def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, saturation: 
         lambda: 0.5 + 0.5 * np.sin(u / 4 + np.sin(v / 3)),  # soft waves
     )
     mix = patterns[rng.integers(len(patterns))]().astype(float)[..., None]
-    first = colour(rng, saturation, rng.uniform(0.55, 1.0))
+    first = colour(hue, saturation, rng.uniform(0.55, 1.0))
     second = first * rng.uniform(0.6, 0.85)  # the same hue, darker: an object stays one thing
     return first * mix + second * (1 - mix)
 
@@ -85,29 +88,30 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """One scene: image H, W, 3 uint8 and label H, W uint8."""
     height, width = rng.integers(MIN_SIDE, MAX_SIDE + 1, size=2)
     y, x = np.mgrid[:height, :width].astype(float)
-    image = texture(rng, x, y, saturation=0.25)
+    image = texture(rng, x, y, rng.random(), saturation=0.25)
     label = np.full((height, width), 1 + CLASSES.index('background'), np.uint8)
 
     side = min(height, width)
     placed: list[tuple[float, float, float]] = []
-    for _ in range(rng.integers(3, 6)):
-        radius = rng.uniform(0.16, 0.30) * side
+    for _ in range(rng.integers(3, 7)):
+        radius = rng.uniform(0.24, 0.40) * side
         cx, cy = rng.uniform(0.5 * radius, width - 0.5 * radius), rng.uniform(0.5 * radius, height - 0.5 * radius)
-        if any(np.hypot(cx - px, cy - py) < 0.75 * (radius + pr) for px, py, pr in placed):
+        if any(np.hypot(cx - px, cy - py) < 0.8 * (radius + pr) for px, py, pr in placed):
             continue
         placed.append((cx, cy, radius))
         name = CLASSES[rng.integers(1, len(CLASSES))]
         angle = rng.uniform(0, 2 * np.pi)
         u, v = (x - cx) / radius, (y - cy) / radius
         mask = INSIDE[name](u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle))
-        image[mask] = texture(rng, x, y, saturation=0.9)[mask]
+        hue = CLASSES.index(name) / 6 + rng.normal(0, HUE_SPREAD)
+        image[mask] = texture(rng, x, y, hue, saturation=0.9)[mask]
         label[mask] = 1 + CLASSES.index(name)
 
     if rng.random() < 0.3:
         angle, offset = rng.uniform(0, np.pi), rng.uniform(-0.3, 0.3) * side
         distance = (x - width / 2) * np.cos(angle) + (y - height / 2) * np.sin(angle) - offset
         stroke = np.abs(distance) <= 1
-        image[stroke] = colour(rng, 0.5, 0.2)
+        image[stroke] = colour(rng.random(), 0.5, 0.2)
         label[stroke] = 0
 
     image = image + rng.normal(0, 0.03, size=image.shape)

@@ -1,0 +1,39 @@
+"""Registers the plugin in OpenMMLab: ``custom_imports = dict(imports=['beit_plugin.mm'], allow_failed_imports=False)``.
+
+The classes go to mmengine's root registries, so configs of mmseg, mmdet and mmpretrain find them without a scope.
+Importing this also makes mmcv-lite enough, lets ``torch.load`` read mmengine's checkpoints, and lets mmengine's launcher
+start without CUDA.
+"""
+
+from importlib.util import find_spec
+
+_MISSING = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
+if _MISSING:
+    raise ImportError(
+        f'beit_plugin.mm needs {" and ".join(_MISSING)}, which the OpenMMLab extra brings: '
+        "pip install 'beit-plugin[mmseg]' (or 'beit-plugin[mmdet]' for detectors)",
+        name=_MISSING[0],
+    )
+
+from . import mmcv_ops  # noqa: E402
+
+mmcv_ops.install()  # before anything that imports mmcv.ops
+
+from .cpu_dist import allow_cpu_launch  # noqa: E402
+from .mmpretrain import skip_broken_multimodal  # noqa: E402
+from .safe_load import allow_mmengine_checkpoints  # noqa: E402
+
+allow_mmengine_checkpoints()
+allow_cpu_launch()
+skip_broken_multimodal()
+
+from .backbone import BEiTBackbone  # noqa: E402
+from .neck import BEiTPyramid  # noqa: E402
+from .optim import BEiTLayerDecayConstructor  # noqa: E402
+
+__all__ = ['BEiTBackbone', 'BEiTLayerDecayConstructor', 'BEiTPyramid']
+
+if find_spec('mmseg') is not None:  # detectors need no segmentation heads
+    from .decode_head import BEiTUPerHead as BEiTUPerHead
+
+    __all__ += ['BEiTUPerHead']

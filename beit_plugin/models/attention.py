@@ -30,7 +30,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """The reference: every step written out; in float64 it is what the other backends are measured against.
 
-    Arguments:
+    Args:
         q, k, v: (B, K, N, D).
         bias: (K, N, N) added to the scaled scores.
         dropout_p: probability with which an attention weight is dropped.
@@ -72,7 +72,7 @@ def attention(
 class Attention(nn.Module):
     """Multi-head self-attention with a learned relative position bias of its own, a shared one, both or none.
 
-    Arguments:
+    Args:
         dim: C, a multiple of ``num_heads``.
         num_heads: K.
         qkv_bias: learn a bias of query and value (the key's would not change the softmax).
@@ -124,7 +124,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attends over all tokens.
 
-        Arguments:
+        Args:
             x: (B, N, C), N = 1 + h*w.
             geometry: how this layer's table is read at the grid of x; needed if it has one.
             shared_bias: (K, N, N) bias common to all layers.

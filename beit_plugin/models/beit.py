@@ -53,7 +53,7 @@ class BeitOutput(NamedTuple):
 class Beit(TimmInterface, nn.Module):
     """BEiT encoder and classifier.
 
-    Arguments:
+    Args:
         img_size, patch_size: native size and patch, pixels, int or (H, W); images of other sizes are welcome.
         in_chans: channels of the images.
         num_classes: outputs of the classifier; 0 for none.
@@ -169,7 +169,7 @@ class Beit(TimmInterface, nn.Module):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Official initialisation: truncated normal, depth-scaled output projections, zero bias tables.
 
-        Arguments:
+        Args:
             needs_reset: also reset what its constructor has already set (norms, convolutions, layer scale, tables);
                 for a model that was built on the meta device.
         """
@@ -199,7 +199,7 @@ class Beit(TimmInterface, nn.Module):
     def embed(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Images to tokens.
 
-        Arguments:
+        Args:
             x: (B, in_chans, H, W).
             bool_masked_pos: (B, h*w) or (B, h, w) bool, True where the mask token replaces the patch.
 
@@ -230,7 +230,7 @@ class Beit(TimmInterface, nn.Module):
     ) -> tuple[Tensor, tuple[int, int], dict[int, Tensor], list[Tensor]]:
         """Images through the blocks, without the final norm: what every host calls in the end.
 
-        Arguments:
+        Args:
             x, bool_masked_pos, head_mask, output_attentions: see ``encode``.
             stages: hidden states to keep, by the number of blocks run (0: the embeddings).
             num_blocks: stop after so many blocks.
@@ -268,7 +268,7 @@ class Beit(TimmInterface, nn.Module):
     ) -> BeitOutput:
         """The encoder with all its inputs and outputs, as transformers' ``BeitModel``.
 
-        Arguments:
+        Args:
             x: (B, in_chans, H, W), any H and W of at least one patch.
             bool_masked_pos: (B, h*w) or (B, h, w) bool, True where the mask token replaces the patch.
             head_mask: (K,) or (L, K) factors of the attention weights, 0 switches a head off.

@@ -40,7 +40,7 @@ class _Function(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with layer scale and stochastic depth.
 
-    Arguments:
+    Args:
         dim, num_heads, window_size and the rest: see ``Attention``.
         mlp_ratio: hidden size of the MLP divided by ``dim``.
         drop_path: probability that a sample skips a branch in training.

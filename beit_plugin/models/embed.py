@@ -46,7 +46,7 @@ class BeitPatchEmbed(PatchEmbed):
 def check_mask(mask: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
     """Checks a mask of patches and returns it as (B, h*w) bool.
 
-    Arguments:
+    Args:
         mask: bool, (B, h*w) or (B, h, w), True where a patch is hidden.
 
     Raises:

@@ -16,7 +16,7 @@ _BLOCK = re.compile(r'^(?:blocks|layers)\.(\d+)\.')
 def layer_id(name: str, num_layers: int) -> int:
     """Layer of a parameter, for a learning rate of ``lr * decay ** (num_layers + 1 - layer_id)``.
 
-    Arguments:
+    Args:
         name: parameter name within the encoder, e.g. ``blocks.3.attn.proj.weight``.
         num_layers: blocks of the encoder.
 

@@ -38,7 +38,7 @@ def num_relative_distance(window_size: tuple[int, int]) -> int:
 def relative_position_index(h: int, w: int, device: torch.device | None = None, pad: int = 0) -> Tensor:
     """Row of the bias table for each pair of tokens (query, key), [CLS] first.
 
-    Arguments:
+    Args:
         h, w: grid in patches.
         pad: columns to append (they point at row 0 and are never read).
 
@@ -65,7 +65,7 @@ def _cached_index(h: int, w: int, device: torch.device, pad: int) -> Tensor:
 def bias_geometry(window_size: tuple[int, int], grid: tuple[int, int], rule: str, device: torch.device) -> BiasGeometry:
     """Prepares the bias of tables stored for ``window_size`` at the (h, w) grid of an input.
 
-    Arguments:
+    Args:
         window_size: (h, w) in patches that the tables belong to.
         grid: (h, w) of the input.
         rule: how tables are resized, one of ``resample.RESIZE_RULES``.
@@ -92,7 +92,7 @@ def gather_bias(table: Tensor, geometry: BiasGeometry) -> Tensor:
 class RelativePositionBias(nn.Module):
     """One table for all layers, the form that pre-training uses.
 
-    Arguments:
+    Args:
         window_size: (h, w) grid in patches of the stored table.
         num_heads: K.
     """

@@ -129,7 +129,7 @@ def resize_matrices(
 ) -> tuple[Tensor, Tensor] | None:
     """The two maps of a table resize, cached by size; None when there is nothing to do.
 
-    Arguments:
+    Args:
         old: (h, w) of the grid that the table belongs to.
         new: (h, w) wanted.
         rule: one of ``RESIZE_RULES``.
@@ -166,7 +166,7 @@ def resize_rel_pos_bias_table(
 
     Always start from the stored table: a resize loses information, so do not chain them.
 
-    Arguments:
+    Args:
         table: ((2h-1)*(2w-1)+3, K), the last three rows for [CLS].
         old: (h, w) of the table's grid in patches.
         new: (h, w) of the wanted grid.

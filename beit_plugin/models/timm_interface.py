@@ -12,20 +12,15 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .param_groups import no_weight_decay
+from .pyramid import tokens_to_map
 from .resample import resize_rel_pos_bias_table
 
 if TYPE_CHECKING:
     from .beit import Beit
 
-__all__ = ['TimmInterface', 'tokens_to_map']
+__all__ = ['TimmInterface']
 
 POOLS = ('', 'avg', 'token')
-
-
-def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Drops [CLS] and lays the patch tokens out: (B, 1 + h*w, C) to (B, C, h, w)."""
-    h, w = grid
-    return tokens[:, 1:].reshape(tokens.shape[0], h, w, tokens.shape[2]).permute(0, 3, 1, 2).contiguous()
 
 
 def _check_pool(global_pool: str) -> str:
@@ -85,7 +80,7 @@ class TimmInterface:
     ) -> Any:
         """Outputs of chosen blocks.
 
-        Arguments:
+        Args:
             x: (B, in_chans, H, W).
             indices: 0-based blocks; an int for the last so many; None for all.
             return_prefix_tokens: give pairs of a map and its [CLS] token (B, 1, C).

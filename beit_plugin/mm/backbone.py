@@ -1,0 +1,183 @@
+"""``BEiTBackbone``: the encoder under the argument names of mmsegmentation's ``BEiT``, for every OpenMMLab host.
+
+A config changes one word. What mmsegmentation 1.2.2's class cannot do is added: any image size and shape, the pyramid
+inside, stage names, every checkpoint dialect, gradient checkpointing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..checkpoints.convert import CheckpointError
+from ..checkpoints.fit import accept_any_dialect, strip_encoder_prefix
+from ..models.backbone import BeitBackbone
+from ..models.resample import ResizeRule
+from .norm import SYNC_BN, NormFactory
+
+__all__ = ['BEiTBackbone']
+
+
+def _layer_norm_eps(norm_cfg: dict[str, Any]) -> float:
+    unknown = set(norm_cfg) - {'type', 'eps', 'requires_grad'}
+    if norm_cfg.get('type') != 'LN' or unknown or not norm_cfg.get('requires_grad', True):
+        raise ValueError(f"BEiT normalises with LayerNorm: norm_cfg must be dict(type='LN', eps=...), got {norm_cfg}")
+    return norm_cfg.get('eps', 1e-5)  # the default of torch, which mmsegmentation's class uses
+
+
+@MODELS.register_module()
+class BEiTBackbone(BeitBackbone):
+    """BEiT feature maps for necks and heads.
+
+    Args:
+        img_size: native size in pixels, int or (H, W); it fixes the stored bias tables, not the inputs.
+        patch_size, in_channels, embed_dims, num_layers, num_heads, mlp_ratio, out_indices, attn_drop_rate,
+            drop_path_rate, init_values: as mmsegmentation's ``BEiT``.
+        qv_bias: learn biases of query and value.
+        norm_cfg: ``dict(type='LN', eps=...)``.
+        act_cfg: ``dict(type='GELU')`` or another activation that timm knows.
+        patch_norm, final_norm: LayerNorm after the patch embedding, after the last block.
+        num_fcs: layers of the MLP; only 2.
+        norm_eval: keep norm layers in eval mode while training.
+        pretrained, init_cfg: a checkpoint of any dialect, given the short or the long way.
+        use_rel_pos_bias, use_shared_rel_pos_bias: bias tables of each layer, or one for all (not both).
+        use_abs_pos_emb, use_mask_token, rel_pos_resize, attn_backend: as ``models.beit.Beit``.
+        out_features, add_fpn, reshape_hidden_states: as ``models.backbone.BeitBackbone``.
+        fpn_norm_cfg: norm of the pyramid inside.
+        with_cp: recompute blocks in the backward pass to save memory.
+
+    Raises:
+        ValueError: an option that BEiT does not have, or options that exclude each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        embed_dims: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4,
+        out_indices: int | Sequence[int] | None = None,
+        qv_bias: bool = True,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_cfg: dict[str, Any] = {'type': 'LN'},  # noqa: B006, read only
+        act_cfg: dict[str, Any] = {'type': 'GELU'},  # noqa: B006, read only
+        patch_norm: bool = False,
+        final_norm: bool = False,
+        num_fcs: int = 2,
+        norm_eval: bool = False,
+        pretrained: str | None = None,
+        init_values: float | None = 0.1,
+        init_cfg: dict[str, Any] | None = None,
+        *,
+        use_rel_pos_bias: bool = True,
+        use_shared_rel_pos_bias: bool = False,
+        use_abs_pos_emb: bool = False,
+        use_mask_token: bool = False,
+        rel_pos_resize: ResizeRule = 'geometric',
+        attn_backend: str = 'auto',
+        out_features: Sequence[str] | None = None,
+        add_fpn: bool = False,
+        reshape_hidden_states: bool = True,
+        fpn_norm_cfg: Mapping[str, Any] = SYNC_BN,
+        with_cp: bool = False,
+    ) -> None:
+        if num_fcs != 2:
+            raise ValueError(f'the MLP of BEiT has two layers, got num_fcs={num_fcs}; leave it out')
+        if use_rel_pos_bias and use_shared_rel_pos_bias:
+            raise ValueError(
+                'use_rel_pos_bias and use_shared_rel_pos_bias exclude each other here, as in mmpretrain; '
+                'set use_rel_pos_bias=False for the shared table of pre-training'
+            )
+        if pretrained is not None and init_cfg is not None:
+            raise ValueError('give a checkpoint by pretrained or by init_cfg, not by both')
+        super().__init__(
+            img_size=img_size if isinstance(img_size, int) else _pair(img_size),
+            patch_size=patch_size,
+            in_chans=in_channels,
+            embed_dim=embed_dims,
+            depth=num_layers,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            out_indices=out_indices,
+            out_features=out_features,
+            qkv_bias=qv_bias,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_eps=_layer_norm_eps(norm_cfg),
+            act_layer=act_cfg['type'].lower(),
+            patch_norm=patch_norm,
+            final_norm=final_norm,
+            init_values=init_values,
+            use_rel_pos_bias=use_rel_pos_bias,
+            use_shared_rel_pos_bias=use_shared_rel_pos_bias,
+            use_abs_pos_emb=use_abs_pos_emb,
+            use_mask_token=use_mask_token,
+            rel_pos_resize=rel_pos_resize,
+            attn_backend=attn_backend,
+            add_fpn=add_fpn,
+            reshape_hidden_states=reshape_hidden_states,
+            fpn_norm=NormFactory(fpn_norm_cfg),
+        )
+        # mmsegmentation's layer decay constructors know blocks by this name only
+        self.layers = self._modules.pop('blocks')
+        self.set_grad_checkpointing(with_cp)
+        self.norm_eval = norm_eval
+        self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
+        accept_any_dialect(self)
+
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        """The transformer blocks, under the name that the encoder uses."""
+        return self.layers
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialises, and loads the checkpoint of ``pretrained`` or ``init_cfg`` if there is one.
+
+        Raises:
+            CheckpointError: the checkpoint lacks a parameter of this backbone or has one that no part of BEiT owns.
+        """
+        super().init_weights(needs_reset)
+        init_cfg = getattr(self, 'init_cfg', None)  # the encoder's constructor initialises before there is one
+        if not init_cfg:
+            return
+        if init_cfg.get('type') != 'Pretrained':
+            raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}")
+        source = init_cfg['checkpoint']
+        loaded = CheckpointLoader.load_checkpoint(source, map_location='cpu')
+        for wrapper in ('model', 'module', 'state_dict'):
+            loaded = loaded.get(wrapper, loaded)
+        missing, unexpected = self.load_state_dict(strip_encoder_prefix(loaded), strict=False)
+        missing = [name for name in missing if not name.startswith('fpn.')]  # encoders come without a pyramid
+        if missing or unexpected:
+            raise CheckpointError(
+                f'{source} does not fit this backbone: missing {missing or "nothing"}, unknown {unexpected or "nothing"}'
+            )
+        print_log(f'BEiTBackbone: loaded {source}', logger='current')
+
+    def train(self, mode: bool = True) -> 'BEiTBackbone':
+        """Sets the mode; with ``norm_eval`` the norm layers stay in eval mode."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Images (B, in_channels, H, W) of any size to the tuple of maps (B, embed_dims, h, w)."""
+        return super().forward(x, bool_masked_pos)
+
+
+def _pair(size: Sequence[int]) -> tuple[int, int]:
+    sides = tuple(size) * 2 if len(size) == 1 else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f'img_size must be one or two numbers (H, W), got {size}')
+    return sides

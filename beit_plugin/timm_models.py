@@ -1,0 +1,163 @@
+"""Registers the models in timm: importing this module is enough for ``timm.create_model('beit_plugin_...')``.
+
+timm keys a registering module by the last part of its name, so it must not be called ``beit``.
+"""
+
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from .checkpoints.fit import accept_any_dialect
+from .models.backbone import BeitBackbone
+from .models.beit import VARIANTS, Beit
+
+__all__: list[str] = []  # register_model appends the entry points
+
+V1 = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+V2 = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+
+
+def _cfg(hf_hub_id: str | None = None, size: int = 224, **kwargs: Any) -> dict[str, Any]:
+    return {
+        'hf_hub_id': hf_hub_id,
+        'num_classes': 1000,
+        'input_size': (3, size, size),
+        'pool_size': None,
+        'crop_pct': 0.9 if size == 224 else 1.0,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        **V1,
+        **kwargs,
+    }
+
+
+# weights: timm's conversions of the official fine-tuned ones; Microsoft's of the pre-trained ones, without classifier
+default_cfgs = generate_default_cfgs(
+    {
+        'beit_plugin_tiny_patch16_224': _cfg(),
+        'beit_plugin_small_patch16_224': _cfg(),
+        'beit_plugin_base_patch16_224.in22k_ft_in22k_in1k': _cfg('timm/beit_base_patch16_224.in22k_ft_in22k_in1k'),
+        'beit_plugin_base_patch16_224.in22k_ft_in22k': _cfg(
+            'timm/beit_base_patch16_224.in22k_ft_in22k', num_classes=21841
+        ),
+        'beit_plugin_base_patch16_224.in22k': _cfg('microsoft/beit-base-patch16-224-pt22k', num_classes=0),
+        'beit_plugin_base_patch16_384.in22k_ft_in22k_in1k': _cfg('timm/beit_base_patch16_384.in22k_ft_in22k_in1k', 384),
+        'beit_plugin_large_patch16_224.in22k_ft_in22k_in1k': _cfg('timm/beit_large_patch16_224.in22k_ft_in22k_in1k'),
+        'beit_plugin_large_patch16_224.in22k_ft_in22k': _cfg(
+            'timm/beit_large_patch16_224.in22k_ft_in22k', num_classes=21841
+        ),
+        'beit_plugin_large_patch16_224.in22k': _cfg('microsoft/beit-large-patch16-224-pt22k', num_classes=0),
+        'beit_plugin_large_patch16_384.in22k_ft_in22k_in1k': _cfg(
+            'timm/beit_large_patch16_384.in22k_ft_in22k_in1k', 384
+        ),
+        'beit_plugin_large_patch16_512.in22k_ft_in22k_in1k': _cfg(
+            'timm/beit_large_patch16_512.in22k_ft_in22k_in1k', 512
+        ),
+        'beitv2_plugin_base_patch16_224.in1k_ft_in22k_in1k': _cfg(
+            'timm/beitv2_base_patch16_224.in1k_ft_in22k_in1k', **V2
+        ),
+        'beitv2_plugin_base_patch16_224.in1k_ft_in1k': _cfg('timm/beitv2_base_patch16_224.in1k_ft_in1k', **V2),
+        'beitv2_plugin_base_patch16_224.in1k_ft_in22k': _cfg(
+            'timm/beitv2_base_patch16_224.in1k_ft_in22k', num_classes=21841, **V2
+        ),
+        'beitv2_plugin_large_patch16_224.in1k_ft_in22k_in1k': _cfg(
+            'timm/beitv2_large_patch16_224.in1k_ft_in22k_in1k', crop_pct=0.95, **V2
+        ),
+        'beitv2_plugin_large_patch16_224.in1k_ft_in1k': _cfg(
+            'timm/beitv2_large_patch16_224.in1k_ft_in1k', crop_pct=0.95, **V2
+        ),
+        'beitv2_plugin_large_patch16_224.in1k_ft_in22k': _cfg(
+            'timm/beitv2_large_patch16_224.in1k_ft_in22k', num_classes=21841, **V2
+        ),
+    }
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Opens the wrappers of published files; names and sizes are dealt with by ``load_state_dict`` itself."""
+    for wrapper in ('model', 'module', 'state_dict'):
+        state_dict = state_dict.get(wrapper, state_dict)
+    return state_dict
+
+
+def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+    args = {**VARIANTS[size], **model_args, **kwargs}
+    taps = args.pop('out_indices', None)
+    add_fpn = args.pop('add_fpn', False)
+    if add_fpn and not args.get('features_only', False):
+        raise ValueError('add_fpn makes feature maps; it needs features_only=True')
+    # out_indices name blocks; with a pyramid these are what it reads, and its four levels are what comes out
+    level_or_block = (0, 1, 2, 3) if add_fpn else 3 if taps is None else taps
+
+    def build(**model_kwargs: Any) -> nn.Module:
+        model = BeitBackbone(out_indices=taps, add_fpn=True, **model_kwargs) if add_fpn else Beit(**model_kwargs)
+        accept_any_dialect(model)
+        return model
+
+    return build_model_with_cfg(
+        build,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={'feature_cls': 'getter', 'out_indices': level_or_block},
+        **args,
+    )
+
+
+@register_model
+def beit_plugin_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT tiny, 224 pixels, patch 16."""
+    return _create('beit_plugin_tiny_patch16_224', 'tiny', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT small, 224 pixels, patch 16."""
+    return _create('beit_plugin_small_patch16_224', 'small', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT base, 224 pixels, patch 16."""
+    return _create('beit_plugin_base_patch16_224', 'base', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_base_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT base, 384 pixels, patch 16."""
+    return _create('beit_plugin_base_patch16_384', 'base', pretrained, dict(img_size=384), kwargs)
+
+
+@register_model
+def beit_plugin_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT large, 224 pixels, patch 16."""
+    return _create('beit_plugin_large_patch16_224', 'large', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_large_patch16_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT large, 384 pixels, patch 16."""
+    return _create('beit_plugin_large_patch16_384', 'large', pretrained, dict(img_size=384), kwargs)
+
+
+@register_model
+def beit_plugin_large_patch16_512(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT large, 512 pixels, patch 16."""
+    return _create('beit_plugin_large_patch16_512', 'large', pretrained, dict(img_size=512), kwargs)
+
+
+@register_model
+def beitv2_plugin_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT v2 base, 224 pixels, patch 16. The layer scale starts at 1e-5 (unilm ``beit2``)."""
+    return _create('beitv2_plugin_base_patch16_224', 'base', pretrained, dict(init_values=1e-5), kwargs)
+
+
+@register_model
+def beitv2_plugin_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT v2 large, 224 pixels, patch 16."""
+    return _create('beitv2_plugin_large_patch16_224', 'large', pretrained, {}, kwargs)
