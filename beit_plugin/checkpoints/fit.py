@@ -3,10 +3,10 @@
 from math import isqrt
 from typing import Any, Protocol
 
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from ..models.resample import NUM_CLS_ROWS, resize_rel_pos_bias_table
+from ..models.resample import NUM_CLS_ROWS, resize_abs_pos_embed, resize_rel_pos_bias_table
 from .convert import CheckpointError, StateDict, detect, to_native
 
 __all__ = ['accept_any_dialect', 'fit']
@@ -70,7 +70,7 @@ def fit(native: StateDict, model: _Encoder) -> StateDict:
         side = isqrt(positions.shape[1] - 1)
         if side * side != positions.shape[1] - 1:
             raise CheckpointError(f'pos_embed of {positions.shape[1]} tokens is of no square grid and not of {window}')
-        fitted['pos_embed'] = resample_abs_pos_embed(positions, list(window), [side, side], num_prefix_tokens=1)
+        fitted['pos_embed'] = resize_abs_pos_embed(positions, (side, side), window)
     for name, table in fitted.items():
         if name.endswith(_TABLE) and table.ndim == 2:
             source = _table_grid(table.shape[0], model.window_size)

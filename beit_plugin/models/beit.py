@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from .attention import AttentionBackend
 from .block import Block, activation
-from .embed import BeitPatchEmbed, check_mask, resize_positions
+from .embed import BeitPatchEmbed, check_mask
 from .relative_position import RelativePositionBias, bias_geometry
-from .resample import ResizeRule, check_rule
+from .resample import ResizeRule, check_rule, resize_abs_pos_embed
 from .timm_interface import TimmInterface
 
 __all__ = ['VARIANTS', 'Beit', 'BeitOutput']
@@ -216,7 +216,7 @@ class Beit(TimmInterface, nn.Module):
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat((self.cls_token.to(x.dtype).expand(B, -1, -1), x), dim=1)  # B, N, C
         if self.pos_embed is not None:
-            x = x + resize_positions(self.pos_embed, self.window_size, (h, w)).to(x.dtype)
+            x = x + resize_abs_pos_embed(self.pos_embed, self.window_size, (h, w)).to(x.dtype)
         return self.pos_drop(x), (h, w)
 
     def run_blocks(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor
 
-__all__ = ['BeitPatchEmbed', 'check_mask', 'resize_positions']
+__all__ = ['BeitPatchEmbed', 'check_mask']
 
 
 class BeitPatchEmbed(PatchEmbed):
@@ -39,7 +39,8 @@ class BeitPatchEmbed(PatchEmbed):
                 f'expected images of at least one {ph}x{pw} patch, got {H}x{W} pixels; enlarge or pad the image'
             )
         if symbolic or H % ph or W % pw:
-            x = F.pad(x, (0, -W % pw, 0, -H % ph))
+            # written so that torch.export can bound the grid, which it cannot with -W % pw
+            x = F.pad(x, (0, (W + pw - 1) // pw * pw - W, 0, (H + ph - 1) // ph * ph - H))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))  # B, h, w, C
 
 
@@ -61,17 +62,3 @@ def check_mask(mask: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
             f'{h}x{w}-patch images, got {tuple(mask.shape)}'
         )
     return mask.reshape(batch, h * w)
-
-
-def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Absolute positions (1, 1 + h*w, C) of one grid for another: bicubic, antialiased when it shrinks, [CLS] kept.
-
-    The same as ``timm.layers.resample_abs_pos_embed`` (timm 1.0.31), but made for sizes that ``torch.export`` leaves
-    open; at the stored grid the positions come back untouched.
-    """
-    if not isinstance(new[0], torch.SymInt) and not isinstance(new[1], torch.SymInt) and tuple(old) == tuple(new):
-        return pos_embed
-    patches = pos_embed[:, 1:].reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2).float()  # 1, C, h, w
-    patches = F.interpolate(patches, size=new, mode='bicubic', antialias=True)
-    patches = patches.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(pos_embed.dtype)
-    return torch.cat((pos_embed[:, :1], patches), dim=1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # rescale -> (child name, numerator, denominator); the names are mmsegmentation's
 _LEVELS = {
@@ -43,6 +44,15 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
             'pass the grid of the image that these tokens come from'
         )
     return tokens[:, 1:].unflatten(1, (h, w)).permute(0, 3, 1, 2)  # B, C, h, w
+
+
+def _crop(x: Tensor, height: int, width: int) -> Tensor:
+    """Keep the top left `height` x `width` of a map, or as much of it as there is."""
+    if torch.compiler.is_compiling():
+        # a slice of symbolic size guards on whether anything was cut, which would pin an exported graph to one case
+        extra = (torch.sym_max(x.shape[-1] - width, 0), torch.sym_max(x.shape[-2] - height, 0))
+        return F.pad(x, (0, -extra[0], 0, -extra[1]))  # pyright: ignore[reportArgumentType]
+    return x[..., :height, :width]
 
 
 class FeaturePyramid(nn.Module):
@@ -121,7 +131,6 @@ class FeaturePyramid(nn.Module):
             x = getattr(self, name)(x)
             # at and below the grid's own stride ceil(size / stride) is never less than what pooling leaves
             if image_size is not None and factor > 1:
-                height, width = image_size
-                x = x[..., : -(-height * factor // patch_h), : -(-width * factor // patch_w)]
+                x = _crop(x, -(-image_size[0] * factor // patch_h), -(-image_size[1] * factor // patch_w))
             levels.append(x)
         return tuple(levels)

@@ -1,4 +1,6 @@
-"""Resizing of everything that is tied to a patch grid: relative position bias tables, absolute positions, patch kernels.
+"""Resizing of what is tied to a patch grid: relative position bias tables and absolute positions.
+
+(Patch kernels go through ``timm.layers.resample_patch_embed``, which does the same by least squares.)
 
 The three rules of a bias table differ in where they put the old offsets on the new grid and how they read between them:
 
@@ -19,18 +21,10 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    'RESIZE_RULES',
-    'ResizeRule',
-    'offset_resize_matrix',
-    'resample_abs_pos_embed',
-    'resample_patch_embed',
-    'resize_matrices',
-    'resize_rel_pos_bias_table',
-]
+__all__ = ['RESIZE_RULES', 'ResizeRule', 'resize_abs_pos_embed', 'resize_matrices', 'resize_rel_pos_bias_table']
 
 ResizeRule = Literal['geometric', 'linear', 'bilinear']
 RESIZE_RULES: tuple[str, ...] = get_args(ResizeRule)
@@ -94,26 +88,32 @@ def _interpolation_matrix(points: Tensor, x: Tensor, degree: int) -> Tensor:
     return torch.linalg.solve_ex(at_points, at_x, left=False)[0]
 
 
-def offset_resize_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The linear map that takes one axis of a bias table from ``old`` to ``new`` patches.
+def axis_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The linear map that takes one axis from ``old`` to ``new`` patches: of a bias table, or of absolute positions.
 
     Made of tensor operations only, so that ``torch.export`` keeps it right for a dynamic ``new``.
 
+    Args:
+        rule: one of ``RESIZE_RULES`` for the offsets of a bias table, or ``positions``.
+
     Returns:
-        (2 * new - 1, 2 * old - 1); the identity when the sizes are equal.
+        (2 * new - 1, 2 * old - 1), for positions (new, old); the identity when the sizes are equal.
     """
-    rows = 2 * new - 1
-    offsets = torch.arange(rows, device=device, dtype=dtype)  # 0 is offset -(new-1)
-    if rule == 'bilinear':
-        old_points = torch.arange(2 * old - 1, device=device, dtype=dtype)
-        x = (offsets + 0.5) * ((2 * old - 1) / rows) - 0.5  # pixel centres, align_corners=False
+    rows, columns = (new, old) if rule == 'positions' else (2 * new - 1, 2 * old - 1)
+    places = torch.arange(rows, device=device, dtype=dtype)
+    if rule == 'positions':
+        basis = torch.eye(old, device=device, dtype=dtype)[None, None]  # an image whose columns are unit vectors
+        matrix = F.interpolate(basis, size=(new, old), mode='bicubic', antialias=True)[0, 0]
+    elif rule == 'bilinear':
+        old_points = torch.arange(columns, device=device, dtype=dtype)
+        x = (places + 0.5) * (columns / rows) - 0.5  # pixel centres, align_corners=False
         matrix = _interpolation_matrix(old_points, x, 1)
     else:
         old_points = _geometric_offsets(old, new, device, dtype)
-        matrix = _interpolation_matrix(old_points, offsets - (new - 1), 3 if rule == 'geometric' else 1)
+        matrix = _interpolation_matrix(old_points, places - (new - 1), 3 if rule == 'geometric' else 1)
     if isinstance(new, torch.SymInt):  # which size it will be is known only when the exported program runs
-        same = offsets.new_full((), 1.0) * new == old
-        return torch.where(same, torch.eye(rows, 2 * old - 1, device=device, dtype=dtype), matrix)
+        same = places.new_full((), 1.0) * new == old
+        return torch.where(same, torch.eye(rows, columns, device=device, dtype=dtype), matrix)
     return torch.eye(rows, device=device, dtype=dtype) if new == old else matrix
 
 
@@ -121,28 +121,65 @@ def offset_resize_matrix(old: int, new: int, rule: str, device: torch.device, dt
 def _cached_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     # outside of inference mode, or the cached tensor could not take part in a later training step
     with torch.inference_mode(False), torch.no_grad():
-        return offset_resize_matrix(old, new, rule, torch.device('cpu'), dtype).to(device)
+        return axis_matrix(old, new, rule, torch.device('cpu'), dtype).contiguous().to(device)
+
+
+@torch.library.custom_op('beit_plugin::axis_matrix', mutates_args=())
+def _axis_matrix_op(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # compiled code calls this and is spared the hundred small operations; it may write into what it gets, so clone
+    return _cached_matrix(old, new, rule, device, dtype).clone()
+
+
+@_axis_matrix_op.register_fake
+def _(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    rows, columns = (new, old) if rule == 'positions' else (2 * new - 1, 2 * old - 1)
+    return torch.empty(rows, columns, device=device, dtype=dtype)
 
 
 def resize_matrices(
     old: tuple[int, int], new: tuple[int, int], rule: str, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """The two maps of a table resize, cached by size; None when there is nothing to do.
+    """The two maps of a resize, cached by size; None when there is nothing to do.
 
     Args:
-        old: (h, w) of the grid that the table belongs to.
+        old: (h, w) of the grid that the parameter belongs to.
         new: (h, w) wanted.
-        rule: one of ``RESIZE_RULES``.
+        rule: see ``axis_matrix``.
 
     Returns:
-        (2*h_new-1, 2*h_old-1) and (2*w_new-1, 2*w_old-1) in float64 (float32 on devices that have no float64).
+        The maps of the vertical and the horizontal axis in float64 (float32 on devices that have no float64).
     """
     dtype = torch.float32 if device.type == 'mps' else torch.float64
-    symbolic = any(isinstance(size, torch.SymInt) for size in new)
-    if not symbolic and tuple(old) == tuple(new):
+    if torch.compiler.is_dynamo_compiling():
+        if tuple(old) == tuple(new):
+            return None
+        make = _axis_matrix_op
+    elif torch.compiler.is_compiling():  # exporting: no operation of our own may stay in the program
+        symbolic = isinstance(new[0], torch.SymInt) or isinstance(new[1], torch.SymInt)
+        if not symbolic and tuple(old) == tuple(new):
+            return None
+        make = axis_matrix
+    elif tuple(old) == tuple(new):
         return None
-    make = offset_resize_matrix if symbolic or torch.compiler.is_compiling() else _cached_matrix
+    else:
+        make = _cached_matrix
     return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)
+
+
+def resize_abs_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Absolute positions (1, 1 + h*w, C) of one grid for another: bicubic, antialiased where it shrinks, [CLS] kept.
+
+    The result of ``timm.layers.resample_abs_pos_embed`` (timm 1.0.31), but as a linear map and for sizes that
+    ``torch.export`` leaves open; at the stored grid the positions come back untouched.
+    """
+    matrices = resize_matrices(old, new, 'positions', pos_embed.device)
+    if matrices is None:
+        return pos_embed
+    to_y, to_x = matrices
+    patches = pos_embed[0, 1:].to(to_y.dtype).reshape(old[0], -1)  # h, w*C
+    patches = (to_y @ patches).reshape(to_y.shape[0], old[1], -1)  # h', w, C
+    patches = (to_x @ patches).reshape(1, to_y.shape[0] * to_x.shape[0], -1)  # 1, h'*w', C
+    return torch.cat((pos_embed[:, :1], patches.to(pos_embed.dtype)), dim=1)
 
 
 def apply_resize(table: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .param_groups import no_weight_decay
 from .pyramid import tokens_to_map
-from .resample import resize_rel_pos_bias_table
+from .resample import resize_abs_pos_embed, resize_rel_pos_bias_table
 
 if TYPE_CHECKING:
     from .beit import Beit
@@ -146,7 +145,7 @@ class TimmInterface:
         new = self.window_size
         if new != old:
             if self.pos_embed is not None:
-                resized = resample_abs_pos_embed(self.pos_embed, list(new), list(old), num_prefix_tokens=1)
+                resized = resize_abs_pos_embed(self.pos_embed, old, new)
                 self.pos_embed = nn.Parameter(resized.detach(), requires_grad=self.pos_embed.requires_grad)
             for owner in self.modules():
                 table = getattr(owner, 'relative_position_bias_table', None)

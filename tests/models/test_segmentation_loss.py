@@ -69,7 +69,7 @@ def test_names_image_and_values_of_wrong_labels(value):
 
 
 def test_a_long_list_of_values_is_cut():
-    with pytest.raises(ValueError, match=r'image a.png has the labels 5, 6, 7, 8, 9, 10, 11, 12, …, but .*; look there'):
+    with pytest.raises(ValueError, match=r'image a.png has the labels 5, 6, 7, 8, 9, 10, 11, 12, …, .*; look there'):
         LabelGuard('look there')(torch.arange(20).view(1, 4, 5), 5, None, ['a.png'])
 
 

@@ -64,7 +64,7 @@ def test_fcn_head_without_convolutions():
     head = FCNHead(4, 4, 3, num_convs=0, dropout=0.0)
     x = torch.randn(2, 4, 5, 7)
     assert torch.equal(head(x), head.conv_seg(x))
-    with pytest.raises(ValueError, match=r'num_convs=0 with in_channels=4 and channels=6.*set channels=4 or num_convs=1'):
+    with pytest.raises(ValueError, match=r'num_convs=0 with in_channels=4 and channels=6.*set channels=4 or num_convs'):
         FCNHead(4, 6, 3, num_convs=0)
 
 
@@ -77,7 +77,7 @@ def test_dilation_and_kernel_keep_the_size():
 @pytest.mark.parametrize('channels', [(4, 5, 6), (4, 5, 6, 8), (4, 5, 6, 7, 7)])
 def test_refuses_other_maps(channels):
     head = UPerNetHead((4, 5, 6, 7), 6, 3)
-    with pytest.raises(ValueError, match=r'got maps with channels \(4, 5, 6.*built for \(4, 5, 6, 7\); give it one map'):
+    with pytest.raises(ValueError, match=r'got maps with channels \(4, 5, 6.*built for \(4, 5, 6, 7\); give it one'):
         head([torch.randn(1, c, 4, 4) for c in channels])
 
 
@@ -120,10 +120,10 @@ def test_export_with_dynamic_size():
 
 @pytest.mark.parametrize('training', [False, True])
 def test_compiles_without_a_graph_break(training):
-    head = UPerNetHead((4, 5, 6, 7), 6, 3, dropout=0.0).train(training)
+    head = UPerNetHead((4, 5), 6, 3, dropout=0.0).train(training)
     compiled = torch.compile(head, fullgraph=True, dynamic=True, backend='eager')
-    for sizes in [LEVELS, [(12, 20), (6, 10), (3, 5), (1, 2)]]:
-        inputs = maps(sizes=sizes)
+    for sizes in [[(16, 24), (8, 12)], [(10, 31), (5, 15)]]:
+        inputs = maps((4, 5), sizes)
         torch.testing.assert_close(compiled(inputs), head(inputs))
 
 

@@ -40,7 +40,7 @@ def _forward(
     geometry: _Geometry,
 ) -> None:
     """Fill ``output`` (B, O, h, w)."""
-    no_mask, no_bias = input.new_zeros(0), input.new_zeros(len(weight))
+    no_mask, no_bias = input.new_zeros(len(input), 1), input.new_zeros(len(weight))
     tensors = (input, weight, offset, no_mask if mask is None else mask, no_bias if bias is None else bias)
     use_mask = mask is not None
     output.copy_(torch.ops.torchvision.deform_conv2d(*at_least_fp32(*tensors), *geometry.arguments(use_mask)))
@@ -50,7 +50,7 @@ def _backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, geometry: _Geometry
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of input, weight, offset, mask and bias."""
-    no_mask, no_bias = input.new_zeros(0), input.new_zeros(len(weight))
+    no_mask, no_bias = input.new_zeros(len(input), 1), input.new_zeros(len(weight))
     tensors = (grad_output, input, weight, offset, no_mask if mask is None else mask, no_bias)
     use_mask = mask is not None
     return torch.ops.torchvision._deform_conv2d_backward(*at_least_fp32(*tensors), *geometry.arguments(use_mask))
