@@ -10,8 +10,12 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from .checkpoints.fit import accept_any_dialect
-from .models.backbone import BeitBackbone
+from .models.backbone import BeitBackbone, pyramid_indices
 from .models.beit import VARIANTS, Beit
+from .models.pyramid import FeaturePyramid
+from .models.segmentation_loss import SegmentationLoss
+from .models.segmentor import BeitSegmentor
+from .models.upernet import FCNHead, UPerNetHead
 
 __all__: list[str] = []  # register_model appends the entry points
 
@@ -36,7 +40,7 @@ def _cfg(hf_hub_id: str | None = None, size: int = 224, **kwargs: Any) -> dict[s
     }
 
 
-# weights: timm's conversions of the official fine-tuned ones; Microsoft's of the pre-trained ones, without classifier
+# segmentors and v2 take ImageNet's mean and std, v1 0.5; weights: timm's conversions of the official fine-tuned ones; Microsoft's of the pre-trained ones, without classifier
 default_cfgs = generate_default_cfgs(
     {
         'beit_plugin_tiny_patch16_224': _cfg(),
@@ -58,6 +62,16 @@ default_cfgs = generate_default_cfgs(
         'beit_plugin_large_patch16_512.in22k_ft_in22k_in1k': _cfg(
             'timm/beit_large_patch16_512.in22k_ft_in22k_in1k', 512
         ),
+        **{
+            f'beit_plugin_{size}_patch16_640_upernet': _cfg(
+                size=640,
+                num_classes=150,
+                first_conv='backbone.patch_embed.proj',
+                classifier='decode_head.conv_seg',
+                **V2,
+            )
+            for size in VARIANTS
+        },
         'beitv2_plugin_base_patch16_224.in1k_ft_in22k_in1k': _cfg(
             'timm/beitv2_base_patch16_224.in1k_ft_in22k_in1k', **V2
         ),
@@ -107,6 +121,56 @@ def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any
         feature_cfg={'feature_cls': 'getter', 'out_indices': level_or_block},
         **args,
     )
+
+
+def _create_segmentor(variant: str, size: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    if kwargs.pop('features_only', False):
+        raise ValueError(f'{variant} is a segmentor; for feature maps use features_only=True with an encoder')
+
+    def build(
+        num_classes: int = 150,
+        channels: int | None = None,
+        pool_scales: tuple[int, ...] = (1, 2, 3, 6),
+        decoder_drop_rate: float = 0.1,
+        use_auxiliary_head: bool = True,
+        auxiliary_channels: int = 256,
+        auxiliary_num_convs: int = 1,
+        auxiliary_concat_input: bool = False,
+        auxiliary_loss_weight: float = 0.4,
+        semantic_loss_ignore_index: int = 255,
+        out_indices: tuple[int, ...] | None = None,
+        global_pool: str | None = None,  # timm passes one to every model
+        **encoder_kwargs: Any,
+    ) -> nn.Module:
+        taps = pyramid_indices(encoder_kwargs['depth']) if out_indices is None else out_indices
+        if len(taps) != 4:
+            raise ValueError(f'a segmentor needs exactly 4 out_indices, got {len(taps)}')
+        backbone = BeitBackbone(out_indices=taps, **encoder_kwargs)
+        accept_any_dialect(backbone)
+        dim = backbone.embed_dim
+        dd = {'device': encoder_kwargs.get('device'), 'dtype': encoder_kwargs.get('dtype')}
+        auxiliary_head = FCNHead(
+            dim,
+            auxiliary_channels,
+            num_classes,
+            num_convs=auxiliary_num_convs,
+            concat_input=auxiliary_concat_input,
+            dropout=decoder_drop_rate,
+            **dd,
+        )
+        return BeitSegmentor(
+            backbone=backbone,
+            pyramid=FeaturePyramid(dim, **dd),
+            decode_head=UPerNetHead(
+                [dim] * 4, channels or dim, num_classes, pool_scales=pool_scales, dropout=decoder_drop_rate, **dd
+            ),
+            auxiliary_head=auxiliary_head if use_auxiliary_head else None,
+            loss=SegmentationLoss(semantic_loss_ignore_index, auxiliary_loss_weight),
+            patch_size=backbone.patch_embed.patch_size,
+        )
+
+    args = {**VARIANTS[size], 'img_size': 640, **kwargs}
+    return build_model_with_cfg(build, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **args)
 
 
 @register_model
@@ -161,3 +225,27 @@ def beitv2_plugin_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> n
 def beitv2_plugin_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT v2 large, 224 pixels, patch 16."""
     return _create('beitv2_plugin_large_patch16_224', 'large', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_tiny_patch16_640_upernet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT tiny with pyramid, UPerNet head and FCN auxiliary head, 640 pixels, 150 classes (ADE20K)."""
+    return _create_segmentor('beit_plugin_tiny_patch16_640_upernet', 'tiny', pretrained, kwargs)
+
+
+@register_model
+def beit_plugin_small_patch16_640_upernet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT small with pyramid, UPerNet head and FCN auxiliary head, 640 pixels, 150 classes (ADE20K)."""
+    return _create_segmentor('beit_plugin_small_patch16_640_upernet', 'small', pretrained, kwargs)
+
+
+@register_model
+def beit_plugin_base_patch16_640_upernet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT base with pyramid, UPerNet head and FCN auxiliary head, 640 pixels, 150 classes (ADE20K)."""
+    return _create_segmentor('beit_plugin_base_patch16_640_upernet', 'base', pretrained, kwargs)
+
+
+@register_model
+def beit_plugin_large_patch16_640_upernet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT large with pyramid, UPerNet head and FCN auxiliary head, 640 pixels, 150 classes (ADE20K)."""
+    return _create_segmentor('beit_plugin_large_patch16_640_upernet', 'large', pretrained, kwargs)

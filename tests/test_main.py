@@ -1,0 +1,252 @@
+"""`python -m beit_plugin SCRIPT`: the script cannot tell, the plugin is there first, and spawned processes have it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beit_plugin.__main__ import USAGE, main
+
+ROOT = Path(__file__).parents[1]
+
+PROBE = """
+import json, sys
+import timm
+extra = {} if len(sys.argv) > 1 and sys.argv[1] == 'plain' else dict(
+    models=timm.is_model('beit_plugin_base_patch16_224'),
+    mm='beit_plugin.mm' in sys.modules,
+)
+print(json.dumps(dict(
+    argv=sys.argv[2:], path=sys.path[0], name=__name__, file=__file__, package=__package__, doc=__doc__,
+    loader=type(__loader__).__name__, main=sys.modules['__main__'].__file__, **extra,
+)))
+"""
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `main` replace what it replaces in this process, and put it back; OpenMMLab stays unimported."""
+    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
+    monkeypatch.setattr(sys, 'argv', list(sys.argv))
+    monkeypatch.setattr(sys, 'path', list(sys.path))
+    monkeypatch.setenv('BEIT_PLUGIN_SCRIPT', '')
+    monkeypatch.setattr('beit_plugin._script._prepare', lambda: None)
+
+
+def write(folder: Path, text: str, name: str = 'script.py') -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def run_python(*arguments: object, cwd: Path, source: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter on one thread, with the plugin importable from `source`."""
+    environment = {**os.environ, 'PYTHONPATH': str(source), 'OMP_NUM_THREADS': '1', **variables}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize('arguments, status, stream', [([], 2, 'err'), (['--help'], 0, 'out'), (['-h'], 0, 'out')])
+def test_usage(arguments: list[str], status: int, stream: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == status
+    captured = capsys.readouterr()
+    assert getattr(captured, stream) == USAGE
+    assert captured.out + captured.err == USAGE
+
+
+@pytest.mark.parametrize('name, reason', [('absent.py', 'No such file or directory'), ('.', 'Is a directory')])
+def test_a_script_that_cannot_be_read(name: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, '--option']) == 2
+    assert capsys.readouterr().err == f'beit_plugin: cannot open the script {name!r}: {reason}\n'
+
+
+@pytest.mark.usefixtures('in_process')
+@pytest.mark.parametrize('code, status', [('3', 3), ('"a reason"', 'a reason'), ('', None)])
+def test_the_scripts_exit_passes_through(tmp_path: Path, code: str, status: object) -> None:
+    script = write(tmp_path, f'import sys\nsys.exit({code})\n')
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(script)])
+    assert exit_info.value.code == status
+
+
+@pytest.mark.usefixtures('in_process')
+def test_the_scripts_error_passes_through_with_its_line(tmp_path: Path) -> None:
+    script = write(tmp_path, '# -*- coding: latin-1 -*-\n\nraise FileNotFoundError("mine")\n')
+    with pytest.raises(FileNotFoundError, match='mine') as error_info:
+        main([str(script)])
+    last = error_info.traceback[-1]
+    assert (Path(last.path), last.lineno) == (script, 2)  # counted from 0
+
+
+@pytest.mark.usefixtures('in_process')
+def test_the_script_is_main_and_sees_no_future_of_ours(tmp_path: Path) -> None:
+    script = write(tmp_path, 'class A: pass\nassert __name__ == "__main__"\nif __name__ == "__main__": ran = A\n')
+    assert main([str(script)]) == 0
+    module = sys.modules['__main__']
+    assert module.ran.__module__ == '__main__'
+    assert module.__file__ == str(script)
+
+
+def test_the_script_cannot_tell_and_the_plugin_is_there_first(tmp_path: Path) -> None:
+    write(tmp_path, PROBE, 'tools/probe.py')
+    (tmp_path / 'link.py').symlink_to('tools/probe.py')
+    (tmp_path / 'work').mkdir()
+    for script in ('../tools/probe.py', '../link.py'):
+        plain = run_python(script, 'plain', '-h', 'b c', cwd=tmp_path / 'work')
+        ours = run_python('-m', 'beit_plugin', script, 'ours', '-h', 'b c', cwd=tmp_path / 'work')
+        assert plain.returncode == ours.returncode == 0, plain.stderr + ours.stderr
+        seen = json.loads(ours.stdout.splitlines()[-1])
+        assert seen.pop('models')
+        assert seen.pop('mm') == (_mm_is_installed())
+        assert seen == json.loads(plain.stdout)
+
+
+def _mm_is_installed() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec('mmengine') is not None and find_spec('mmcv') is not None
+
+
+def test_a_broken_openmmlab_is_one_line_and_the_script_runs(tmp_path: Path) -> None:
+    write(tmp_path, 'raise TypeError("NoneType takes no arguments\\nsecond line")', 'mmcv/__init__.py')
+    write(tmp_path, 'raise TypeError("NoneType takes no arguments\\nsecond line")', 'mmengine/__init__.py')
+    script = write(tmp_path, 'print("ran")')
+    result = run_python('-m', 'beit_plugin', script, cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, 'ran\n')
+    assert result.stderr == (
+        'beit_plugin: warning: OpenMMLab is installed but cannot be used (TypeError: NoneType takes no arguments); '
+        'only the timm models are registered\n'
+    )
+
+
+def test_without_openmmlab_nothing_is_said(tmp_path: Path) -> None:
+    script = write(tmp_path, 'import sys; print("beit_plugin.mm" in sys.modules)')
+    code = (
+        'import runpy, sys\n'
+        'sys.modules["mmengine"] = None\n'  # as if it were not installed
+        f'sys.argv = ["beit_plugin", {str(script)!r}]\n'
+        'runpy.run_module("beit_plugin", run_name="__main__", alter_sys=True)\n'
+    )
+    result = run_python('-c', code, cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, 'False\n', '')
+
+
+SPAWN = """
+import concurrent.futures, multiprocessing, os, sys
+import timm, torch
+
+GLOBAL = __name__
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        assert timm.is_model('beit_plugin_base_patch16_224')
+        assert type(self) is sys.modules['__main__'].Squares
+        return index ** 2
+
+def grandchild():
+    return GLOBAL, 'beit_plugin' in sys.modules
+
+def child():
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return GLOBAL, 'beit_plugin' in sys.modules, pool.apply(grandchild)
+
+if __name__ == '__main__':
+    os.chdir('/')  # a relative argv[0] must not matter any more
+    sys.argv[:] = ['changed']
+    loader = torch.utils.data.DataLoader(Squares(), num_workers=1, multiprocessing_context='spawn')
+    print([int(batch) for batch in loader])
+    for method in ('spawn', 'forkserver'):
+        context = multiprocessing.get_context(method)
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+            print(pool.submit(child).result())
+"""
+
+
+def test_spawned_processes_have_the_plugin_and_the_scripts_classes(tmp_path: Path) -> None:
+    script = write(tmp_path, SPAWN)
+    # from a source tree: `-m` finds the package in the working directory, which the script's folder then replaces
+    result = run_python('-m', 'beit_plugin', os.path.relpath(script, ROOT), cwd=ROOT, source=tmp_path)
+    assert result.returncode == 0, result.stderr
+    seen = ('__mp_main__', True, ('__mp_main__', True))
+    assert result.stdout.splitlines() == ['[0, 1, 4, 9]', str(seen), str(seen)]
+
+
+SPAWN_MM = """
+import sys
+import torch
+
+class Probe(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        import mmcv.ops  # the finder is there
+        return 'beit_plugin.mm' in sys.modules
+
+if __name__ == '__main__':
+    print(next(iter(torch.utils.data.DataLoader(Probe(), num_workers=1, multiprocessing_context='spawn'))))
+"""
+
+
+def test_spawned_workers_have_the_finder(tmp_path: Path) -> None:
+    if not _mm_is_installed():
+        pytest.skip('needs the extra beit-plugin[mmseg]')
+    result = run_python('-m', 'beit_plugin', write(tmp_path, SPAWN_MM), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == 'tensor([True])'
+
+
+TORCHRUN = """
+import os, sys
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.runner import IterBasedTrainLoop, Runner
+
+class Model(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def forward(self, inputs, mode):
+        return {'loss': self.layer(torch.stack(inputs)).square().mean()}
+
+if __name__ == '__main__':
+    model = Model()
+    runner = Runner(
+        model=model,
+        work_dir=sys.argv[1],
+        train_dataloader=dict(
+            dataset=[{'inputs': row} for row in torch.eye(2)], sampler=dict(type=InfiniteSampler), batch_size=1
+        ),
+        optim_wrapper=OptimWrapper(torch.optim.SGD(model.parameters(), 0.1)),
+        train_cfg=dict(type=IterBasedTrainLoop, max_iters=2),
+        launcher='pytorch',
+        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)),
+    )
+    runner.train()
+    weight = model.layer.weight.detach().clone()
+    torch.distributed.broadcast(weight, 0)
+    print('rank', os.environ['RANK'], 'same', bool((weight == model.layer.weight).all()))
+"""
+
+
+def test_torchrun_with_two_cpu_processes(tmp_path: Path) -> None:
+    if not _mm_is_installed():
+        pytest.skip('needs the extra beit-plugin[mmseg]')
+    command = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+    script = write(tmp_path, TORCHRUN)
+    no_gpu = dict(CUDA_VISIBLE_DEVICES='')
+    result = run_python(*command, '-m', 'beit_plugin', script, tmp_path / 'out', cwd=tmp_path, **no_gpu)
+    assert result.returncode == 0, result.stderr
+    ranks = sorted(line for line in result.stdout.splitlines() if line.startswith('rank'))
+    assert ranks == ['rank 0 same True', 'rank 1 same True']

@@ -1,0 +1,229 @@
+"""Folders of images and labels: recognise the layout, read or infer the classes, report what is wrong in one sentence.
+
+    ROOT/images/training    ROOT/annotations/training     ADE20K: label 0 is "other" and ignored
+    ROOT/images/train       ROOT/annotations/train        the same with short names
+    ROOT/images             ROOT/masks                    no split: one image in five is kept for validation
+
+`labels/` and `masks/` may stand for `annotations/`. `ROOT/classes.json` may hold `classes` (names), `palette` (RGB) and
+`reduce_zero_label`; without it the classes are counted in the labels.
+"""
+
+import colorsys
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+LABEL_FOLDERS = ('annotations', 'labels', 'masks')
+SPLITS = (('training', 'validation'), ('train', 'val'))
+IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
+IGNORED = 255
+VAL_SHARE = 0.2
+
+
+class DataError(Exception):
+    """Something about the user's data, in one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """A data set as mmsegmentation's `BaseSegDataset` wants it; paths are relative to `root`."""
+
+    root: Path
+    images: dict[str, str]  # 'train' and 'val' -> folder
+    labels: dict[str, str]
+    names: dict[str, list[str]]  # 'train' and 'val' -> names without suffix, below their folder
+    image_suffix: str
+    label_suffix: str
+    split_by_us: bool  # both splits share one folder, so lists of names tell them apart
+    classes: list[str]
+    palette: list[list[int]]
+    reduce_zero_label: bool
+
+
+def _names(folder: Path, suffixes: set[str]) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.suffix.lower() in suffixes)
+
+
+def read_label(path: Path) -> np.ndarray:
+    """A label image as H, W class numbers.
+
+    Raises:
+        DataError: not an image, or an image in colour.
+    """
+    try:
+        label = np.asarray(Image.open(path))
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f'{path} cannot be read as a label image: {error}') from error
+    if label.ndim != 2:
+        raise DataError(f'{path} is a colour image of shape {label.shape}: labels have one channel of class numbers.')
+    return label
+
+
+def label_values(paths: Iterable[Path]) -> dict[int, Path]:
+    """Every value in these labels, with the first file that has it."""
+    found: dict[int, Path] = {}
+    for path in paths:
+        for value in np.unique(read_label(path)):
+            found.setdefault(int(value), path)
+    return found
+
+
+def check_values(found: dict[int, Path], num_classes: int, reduce_zero_label: bool) -> None:
+    """Raises DataError when a value is neither a class nor ignored; the sentence names a file and all such values."""
+    first = 1 if reduce_zero_label else 0
+    allowed = set(range(num_classes + first)) | {IGNORED}
+    wrong = sorted(set(found) - allowed)
+    if wrong:
+        zero = ' and 0 (ignored)' if reduce_zero_label else ''
+        raise DataError(f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
+                        f'{num_classes + first - 1}{zero} or {IGNORED} (ignored), and the labels also hold {wrong}.'
+                        if len(wrong) > 1 else
+                        f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
+                        f'{num_classes + first - 1}{zero} or {IGNORED} (ignored).')
+
+
+def _label_suffix(image_names: list[str], label_names: set[str], where: str) -> str:
+    """What label files add to the image's name, such as `.png` or `_mask.png`."""
+    stem = image_names[0]
+    candidates = {name[len(stem):] for name in label_names if name.startswith(stem)} or {'.png'}
+    lacking = {suffix: [n for n in image_names if n + suffix not in label_names] for suffix in sorted(candidates)}
+    suffix, missing = min(lacking.items(), key=lambda item: len(item[1]))
+    if missing:
+        raise DataError(f'{len(missing)} of {len(image_names)} images have no label in {where}: '
+                        f'{missing[0]}{suffix} is missing.')
+    return suffix
+
+
+def _one_suffix(names: list[str], folder: Path) -> str:
+    suffixes = {Path(name).suffix for name in names}
+    if not suffixes:
+        raise DataError(f'{folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
+    if len(suffixes) > 1:
+        raise DataError(f'{folder} mixes {" and ".join(sorted(suffixes))}: convert the images to one format.')
+    return suffixes.pop()
+
+
+def colours(count: int) -> list[list[int]]:
+    """RGB colours that differ from their neighbours."""
+    golden = 0.618034  # of a turn: neighbours in number are far apart in hue
+    return [
+        [round(255 * c) for c in colorsys.hsv_to_rgb(i * golden % 1, 0.55 + 0.4 * (i % 2), 0.95 - 0.25 * (i % 3 == 2))]
+        for i in range(count)
+    ]
+
+
+def _classes(root: Path, found: dict[int, Path], ade_layout: bool) -> dict[str, Any]:
+    """Names, palette and treatment of zero, from classes.json if there is one, else from the labels."""
+    largest = max((value for value in found if value != IGNORED), default=-1)
+    file = root / 'classes.json'
+    if file.is_file():
+        content = json.loads(file.read_text())
+        if not isinstance(content, dict) or not content.get('classes'):
+            raise DataError(f'{file} has no list of names under "classes".')
+        classes = [str(name) for name in content['classes']]
+        reduce_zero = content.get('reduce_zero_label', largest == len(classes))
+        palette = content.get('palette', colours(len(classes)))
+        if len(palette) != len(classes):
+            raise DataError(f'{file} has {len(classes)} classes but {len(palette)} colours under "palette".')
+        check_values(found, len(classes), reduce_zero)
+    else:
+        reduce_zero = ade_layout
+        classes = [f'class {i}' for i in range(1 if reduce_zero else 0, largest + 1)]
+        palette = colours(len(classes))
+    if len(classes) < 2:
+        raise DataError(f'the labels of {root} hold {len(classes)} class(es), expected at least 2'
+                        + (', and label 0 counts as "other" in this layout: see reduce_zero_label in classes.json.'
+                           if reduce_zero else '.'))
+    return {'classes': classes, 'palette': palette, 'reduce_zero_label': reduce_zero}
+
+
+def detect(root: Path, seed: int = 0) -> Folders:
+    """Recognise the layout below `root`, check that every image has a label, and find the classes.
+
+    Args:
+        root: folder that holds `images/` and one of `annotations/`, `labels/`, `masks/`.
+        seed: of the split into training and validation where the folders have none.
+
+    Raises:
+        DataError: what is missing or wrong.
+    """
+    root = root.expanduser().resolve()
+    if not root.is_dir():
+        raise DataError(f'the data root {root} does not exist.')
+    if not (root / 'images').is_dir():
+        raise DataError(f'the data root {root} has no folder images/.')
+    label_folder = next((name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
+    if label_folder is None:
+        raise DataError(f'the data root {root} has no labels: expected a folder '
+                        f'{", ".join(name + "/" for name in LABEL_FOLDERS[:-1])} or {LABEL_FOLDERS[-1]}/.')
+    split = next((pair for pair in SPLITS if all((root / 'images' / name).is_dir() for name in pair)), None)
+    parts = [f'/{name}' for name in split] if split else ['']
+
+    image_names: dict[str, list[str]] = {}
+    label_names: dict[str, set[str]] = {}
+    for part in parts:
+        image_dir, label_dir = root / f'images{part}', root / f'{label_folder}{part}'
+        if not label_dir.is_dir():
+            raise DataError(f'{image_dir} has no labels: {label_dir} does not exist.')
+        files = _names(image_dir, IMAGE_SUFFIXES)
+        image_suffix = _one_suffix(files, image_dir)
+        image_names[part] = [name.removesuffix(image_suffix) for name in files]
+        label_names[part] = set(_names(label_dir, IMAGE_SUFFIXES))
+    label_suffix = _label_suffix(image_names[parts[0]], label_names[parts[0]], str(root / f'{label_folder}{parts[0]}'))
+    for part in parts[1:]:
+        if missing := [name for name in image_names[part] if name + label_suffix not in label_names[part]]:
+            raise DataError(f'{len(missing)} of {len(image_names[part])} images have no label in '
+                            f'{root / label_folder}{part}: {missing[0]}{label_suffix} is missing.')
+
+    found = label_values(
+        root / f'{label_folder}{part}' / (name + label_suffix) for part in parts for name in image_names[part])
+    names = dict(zip(('train', 'val'), image_names.values(), strict=False))
+    if split is None:
+        mixed = image_names['']
+        if len(mixed) < 2:
+            raise DataError(f'{root} has one image, expected at least 2: one to train on and one to validate on.')
+        random.Random(seed).shuffle(mixed)
+        val = max(1, round(VAL_SHARE * len(mixed)))
+        names = {'train': sorted(mixed[val:]), 'val': sorted(mixed[:val])}
+    return Folders(
+        root=root,
+        images={key: f'images{part}' for key, part in zip(('train', 'val'), parts * 2, strict=False)},
+        labels={key: f'{label_folder}{part}' for key, part in zip(('train', 'val'), parts * 2, strict=False)},
+        names=names,
+        image_suffix=image_suffix,
+        label_suffix=label_suffix,
+        split_by_us=split is None,
+        **_classes(root, found, ade_layout=split == SPLITS[0]),
+    )
+
+
+def use_folders(cfg: Any, folders: Folders, work_dir: Path) -> None:
+    """Point an mmengine configuration at the folders: data sets, classes and the widths of the heads.
+
+    Where the split is ours, its lists of names go to `work_dir`.
+    """
+    for key, loader in (('train', cfg.train_dataloader), ('val', cfg.val_dataloader), ('val', cfg.test_dataloader)):
+        dataset = dict(
+            type='BaseSegDataset',
+            data_root=str(folders.root),
+            data_prefix=dict(img_path=folders.images[key], seg_map_path=folders.labels[key]),
+            img_suffix=folders.image_suffix,
+            seg_map_suffix=folders.label_suffix,
+            reduce_zero_label=folders.reduce_zero_label,
+            metainfo=dict(classes=folders.classes, palette=folders.palette),
+            pipeline=loader.dataset.pipeline)
+        if folders.split_by_us:
+            work_dir.mkdir(parents=True, exist_ok=True)
+            listing = (work_dir / f'{key}.txt').resolve()
+            listing.write_text('\n'.join(folders.names[key]) + '\n')
+            dataset['ann_file'] = str(listing)
+        loader.dataset = dataset
+    for head in (cfg.model.decode_head, cfg.model.get('auxiliary_head')):
+        if head is not None:
+            head.num_classes = len(folders.classes)

@@ -1,0 +1,173 @@
+"""What the tools share: reading a configuration, checking its data, a quiet start of the Runner, a summary, the run."""
+
+import argparse
+import io
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from data_folders import DataError, check_values, label_values
+
+MAX_LABELS_CHECKED = 1000  # per data set, spread evenly: a second or so; training checks every label it meets
+# mmengine opens with its whole environment, configuration and hooks; they stay in the log file
+CONSOLE_NOISE = ('System environment:', 'Config:\n', 'Hooks will be executed', 'The prefix is not set in metric class')
+
+
+class _Console(io.TextIOBase):
+    """Passes records on, except the noise; the logger hands over each record in one call."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if not any(mark in text for mark in CONSOLE_NOISE):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def require_mmseg() -> None:
+    """Raises DataError unless the OpenMMLab extra is installed."""
+    missing = [name for name in ('mmengine', 'mmcv', 'mmseg') if find_spec(name) is None]
+    if missing:
+        raise DataError(f"{' and '.join(missing)} not installed: pip install 'beit-plugin[mmseg]'")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that train and test share; they are those of mmsegmentation's tools, and --data-root."""
+    from mmengine.config import DictAction
+
+    parser.add_argument('--data-root', type=Path, metavar='DIR',
+                        help='read the data of the configuration from here; the layout below stays')
+    parser.add_argument('--work-dir', type=Path, metavar='DIR', help='default: work_dirs/ and the name of the CONFIG')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+                        help='override anything in the configuration, such as train_dataloader.batch_size=8')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Any:
+    """The configuration with the arguments applied.
+
+    Raises:
+        DataError: no such file.
+    """
+    from mmengine.config import Config
+
+    if not Path(args.config).is_file():
+        raise DataError(f'{args.config} does not exist: give a file of configs/.')
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.launcher = args.launcher
+    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs', Path(args.config).stem))
+    if args.data_root is not None:
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.data_root = str(args.data_root)
+    return cfg
+
+
+def check_data(dataset_cfg: Any) -> int:
+    """Number of labelled images of a data set in `BaseSegDataset` style.
+
+    Raises:
+        DataError: folders, images or labels are missing, or labels are outside the classes.
+    """
+    from mmseg.registry import DATASETS
+
+    dataset = DATASETS.build({**dataset_cfg, 'pipeline': [], 'lazy_init': True})
+    root = Path(dataset_cfg.get('data_root') or '.')
+    if not root.is_dir():
+        raise DataError(f'the data root {root} does not exist: give it by --data-root DIR.')
+    for key, what in (('img_path', 'images'), ('seg_map_path', 'labels')):
+        if not Path(dataset.data_prefix[key]).is_dir():
+            raise DataError(f'the data root {root} has no {what}: {dataset.data_prefix[key]} does not exist.')
+    pairs = dataset.load_data_list()
+    if not pairs:
+        raise DataError(f'{dataset.data_prefix["img_path"]} holds no *{dataset.img_suffix} images.')
+    missing = [pair['seg_map_path'] for pair in pairs if not Path(pair['seg_map_path']).is_file()]
+    if missing:
+        raise DataError(f'{len(missing)} of {len(pairs)} images have no label: {missing[0]} is missing.')
+    checked = pairs[:: -(-len(pairs) // MAX_LABELS_CHECKED)]
+    found = label_values(Path(pair['seg_map_path']) for pair in checked)
+    check_values(found, len(dataset.metainfo['classes']), dataset.reduce_zero_label)
+    return len(pairs)
+
+
+def _summary(runner: Any, counts: dict[str, int]) -> str:
+    import torch
+    from mmengine.device import get_device
+    from mmengine.dist import get_world_size
+
+    cfg = runner.cfg
+    module = getattr(runner.model, 'module', runner.model)  # inside DDP or the test-time augmentation
+    parameters = sum(p.numel() for p in module.parameters()) / 1e6
+    backbone, head = type(module.backbone).__name__, type(module.decode_head).__name__
+    device = get_device()
+    if device == 'cuda':
+        device = torch.cuda.get_device_name()
+    else:
+        device += f', {torch.get_num_threads()} threads'
+    lines = [
+        f'model       {backbone} + {type(module.neck).__name__} + {head}, {parameters:.1f} M parameters',
+        f'classes     {module.decode_head.num_classes}',
+        f'resolution  {" x ".join(map(str, cfg.model.get("data_preprocessor", {}).get("size") or ("any",)))} px',
+        f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}',
+    ]
+    if 'training' in counts:
+        batch = cfg.train_dataloader.batch_size * get_world_size() * cfg.optim_wrapper.get('accumulative_counts', 1)
+        lines.append(f'schedule    {cfg.train_cfg.max_iters} iterations, effective batch {batch}, '
+                     f'{cfg.optim_wrapper.type} {cfg.optim_wrapper.get("dtype", "")}'.rstrip())
+    lines += [f'device      {device}, {get_world_size()} process(es)', f'output      {cfg.work_dir}']
+    return '\n'.join(f'  {line}' for line in lines)
+
+
+def _start(cfg: Any, counts: dict[str, int]) -> Any:
+    """The Runner of the configuration, and its summary on the console."""
+    from mmengine.dist import is_main_process
+    from mmengine.runner import Runner
+
+    warnings.filterwarnings('ignore', message='The draw is False')  # mmseg's hook says so at every start
+    with redirect_stdout(_Console(sys.stdout)):
+        runner = Runner.from_cfg(cfg)
+    if is_main_process():
+        print(_summary(runner, counts), flush=True)
+    return runner
+
+
+def train(cfg: Any) -> tuple[Path, float | None]:
+    """Train by mmengine's Runner; returns the last checkpoint and the last mIoU (None without validation)."""
+    counts = {'training': check_data(cfg.train_dataloader.dataset), 'validation': check_data(cfg.val_dataloader.dataset)}
+    runner = _start(cfg, counts)
+    runner.train()
+    checkpoint = Path(Path(cfg.work_dir, 'last_checkpoint').read_text().strip())
+    scalars = runner.message_hub.log_scalars
+    return checkpoint, scalars['val/mIoU'].current() if 'val/mIoU' in scalars else None
+
+
+def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
+    """Metrics of a checkpoint on the test data, single-scale or with the configuration's augmentations (`tta`)."""
+    if not str(checkpoint).startswith(('http://', 'https://')) and not Path(checkpoint).is_file():
+        raise DataError(f'the checkpoint {checkpoint} does not exist.')
+    if tta and 'tta_pipeline' not in cfg:
+        raise DataError('the configuration has no tta_pipeline, so --tta cannot run.')
+    counts = {'test': check_data(cfg.test_dataloader.dataset)}
+    cfg.load_from = str(checkpoint)
+    if tta:
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.tta_model.module = cfg.model
+        cfg.model = cfg.tta_model
+    return _start(cfg, counts).test()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; what is wrong with the user's data or set-up becomes one sentence and exit status 1."""
+    try:
+        main()
+    except DataError as error:
+        sys.exit(f'error: {error}')

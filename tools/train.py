@@ -1,0 +1,47 @@
+#!/usr/bin/env python3
+"""Train a segmentor: mmengine's Runner with checks of the data before, a summary, and the result in the last line.
+
+CONFIG is a file of configs/; mmsegmentation's own tools/train.py takes it as well, and the same arguments.
+"""
+
+import argparse
+import os
+
+import run_common
+
+EXAMPLES = """examples:
+  python tools/train.py configs/seg/beit-tiny_upernet_shapes.py
+  python tools/train.py configs/seg/beit-base_upernet_camvid.py --data-root DIR --amp
+  python tools/train.py CONFIG --resume                      go on from the last checkpoint of the work directory
+  python tools/train.py CONFIG --cfg-options train_cfg.max_iters=1000 optim_wrapper.optimizer.lr=1e-4
+  torchrun --nproc_per_node 8 tools/train.py CONFIG --launcher pytorch
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', metavar='CONFIG')
+    parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the work directory')
+    parser.add_argument('--amp', nargs='?', const='bfloat16', choices=['bfloat16', 'float16'],
+                        help='train in mixed precision on a GPU (default of the option: bfloat16)')
+    run_common.add_common_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    run_common.require_mmseg()
+    args = parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = run_common.load_config(args)
+    cfg.resume = args.resume
+    if args.amp:
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=args.amp)
+    checkpoint, miou = run_common.train(cfg)
+    if os.environ.get('RANK', '0') == '0':
+        result = 'no validation' if miou is None else f'mIoU {miou:.2f}'
+        print(f'{result} after {cfg.train_cfg.max_iters} iterations, checkpoint {checkpoint}')
+
+
+if __name__ == '__main__':
+    run_common.run(main)
