@@ -7,7 +7,6 @@ runs it as ``__mp_main__``: the plugin comes first, then the script, then the un
 
 import builtins
 import importlib.util
-import multiprocessing
 import os
 import runpy
 import sys
@@ -25,7 +24,7 @@ def _prepare() -> None:
     try:
         import beit_plugin.mm  # noqa: F401
     except Exception as error:  # a broken host must not keep scripts of other hosts from running
-        if multiprocessing.parent_process() is None:  # say it once, not in every worker
+        if __name__ != '__mp_main__':  # say it once, not in every worker
             reason = f'{type(error).__name__}: {error}'.splitlines()[0]
             print(
                 f'beit_plugin: warning: OpenMMLab is installed but cannot be used ({reason}); '
@@ -53,7 +52,8 @@ def run(path: str, source: bytes) -> None:
     main.__loader__ = SourceFileLoader('__main__', path)
     main.__spec__ = importlib.util.find_spec(__name__)
     vars(main).update(__builtins__=builtins, __cached__=None)
-    sys.modules['__main__'] = main
+    # multiprocessing names the parent's main so in what children send back; it aliased ours when it was imported
+    sys.modules['__main__'] = sys.modules['__mp_main__'] = main
     exec(compile(source, path, 'exec', dont_inherit=True), vars(main))
 
 

@@ -4,21 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from beit_plugin.__main__ import USAGE, main
+from beit_plugin._script import _prepare
 
 ROOT = Path(__file__).parents[1]
+MM_IS_INSTALLED = all(find_spec(name) for name in ('mmengine', 'mmcv'))
+needs_mm = pytest.mark.skipif(not MM_IS_INSTALLED, reason='needs the extra beit-plugin[mmseg]')
 
 PROBE = """
 import json, sys
-import timm
-extra = {} if len(sys.argv) > 1 and sys.argv[1] == 'plain' else dict(
-    models=timm.is_model('beit_plugin_base_patch16_224'),
-    mm='beit_plugin.mm' in sys.modules,
-)
+extra = {}
+if sys.argv[1] == 'ours':
+    import timm
+    extra['models'] = timm.is_model('beit_plugin_base_patch16_224')
 print(json.dumps(dict(
     argv=sys.argv[2:], path=sys.path[0], name=__name__, file=__file__, package=__package__, doc=__doc__,
     loader=type(__loader__).__name__, main=sys.modules['__main__'].__file__, **extra,
@@ -29,7 +33,8 @@ print(json.dumps(dict(
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `main` replace what it replaces in this process, and put it back; OpenMMLab stays unimported."""
-    monkeypatch.setitem(sys.modules, '__main__', sys.modules['__main__'])
+    for name in ('__main__', '__mp_main__'):
+        monkeypatch.setitem(sys.modules, name, sys.modules['__main__'])
     monkeypatch.setattr(sys, 'argv', list(sys.argv))
     monkeypatch.setattr(sys, 'path', list(sys.path))
     monkeypatch.setenv('BEIT_PLUGIN_SCRIPT', '')
@@ -43,11 +48,27 @@ def write(folder: Path, text: str, name: str = 'script.py') -> Path:
     return path
 
 
-def run_python(*arguments: object, cwd: Path, source: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run an interpreter on one thread, with the plugin importable from `source`."""
-    environment = {**os.environ, 'PYTHONPATH': str(source), 'OMP_NUM_THREADS': '1', **variables}
+def run_python(
+    *arguments: object, cwd: Path, path: Sequence[Path] = (ROOT,), **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter on one thread, with the folders of `path` to import from."""
+    search = os.pathsep.join(map(str, path))
+    environment = {**os.environ, 'PYTHONPATH': search, 'OMP_NUM_THREADS': '1', **variables}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment, timeout=300)
+
+
+WARNING = (
+    'beit_plugin: warning: OpenMMLab is installed but cannot be used (TypeError: NoneType takes no arguments); '
+    'only the timm models are registered\n'
+)
+
+
+def break_openmmlab(folder: Path) -> Path:
+    """Put packages that cannot be imported into a folder, which also keeps the processes quick."""
+    for name in ('mmengine', 'mmcv'):
+        write(folder, 'raise TypeError("NoneType takes no arguments\\nsecond line")', f'{name}/__init__.py')
+    return folder
 
 
 @pytest.mark.parametrize('arguments, status, stream', [([], 2, 'err'), (['--help'], 0, 'out'), (['-h'], 0, 'out')])
@@ -95,87 +116,57 @@ def test_the_script_cannot_tell_and_the_plugin_is_there_first(tmp_path: Path) ->
     write(tmp_path, PROBE, 'tools/probe.py')
     (tmp_path / 'link.py').symlink_to('tools/probe.py')
     (tmp_path / 'work').mkdir()
-    for script in ('../tools/probe.py', '../link.py'):
-        plain = run_python(script, 'plain', '-h', 'b c', cwd=tmp_path / 'work')
-        ours = run_python('-m', 'beit_plugin', script, 'ours', '-h', 'b c', cwd=tmp_path / 'work')
-        assert plain.returncode == ours.returncode == 0, plain.stderr + ours.stderr
-        seen = json.loads(ours.stdout.splitlines()[-1])
-        assert seen.pop('models')
-        assert seen.pop('mm') == (_mm_is_installed())
-        assert seen == json.loads(plain.stdout)
+    plain = run_python('../link.py', 'plain', '-h', 'b c', cwd=tmp_path / 'work')
+    path = (break_openmmlab(tmp_path / 'broken'), ROOT)
+    ours = run_python('-m', 'beit_plugin', '../link.py', 'ours', '-h', 'b c', cwd=tmp_path / 'work', path=path)
+    assert plain.returncode == ours.returncode == 0, plain.stderr + ours.stderr
+    seen = json.loads(ours.stdout.splitlines()[-1])
+    assert seen.pop('models')
+    assert seen == json.loads(plain.stdout)
 
 
-def _mm_is_installed() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec('mmengine') is not None and find_spec('mmcv') is not None
-
-
-def test_a_broken_openmmlab_is_one_line_and_the_script_runs(tmp_path: Path) -> None:
-    write(tmp_path, 'raise TypeError("NoneType takes no arguments\\nsecond line")', 'mmcv/__init__.py')
-    write(tmp_path, 'raise TypeError("NoneType takes no arguments\\nsecond line")', 'mmengine/__init__.py')
-    script = write(tmp_path, 'print("ran")')
-    result = run_python('-m', 'beit_plugin', script, cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (0, 'ran\n')
-    assert result.stderr == (
-        'beit_plugin: warning: OpenMMLab is installed but cannot be used (TypeError: NoneType takes no arguments); '
-        'only the timm models are registered\n'
-    )
-
-
-def test_without_openmmlab_nothing_is_said(tmp_path: Path) -> None:
-    script = write(tmp_path, 'import sys; print("beit_plugin.mm" in sys.modules)')
-    code = (
-        'import runpy, sys\n'
-        'sys.modules["mmengine"] = None\n'  # as if it were not installed
-        f'sys.argv = ["beit_plugin", {str(script)!r}]\n'
-        'runpy.run_module("beit_plugin", run_name="__main__", alter_sys=True)\n'
-    )
-    result = run_python('-c', code, cwd=tmp_path)
-    assert (result.returncode, result.stdout, result.stderr) == (0, 'False\n', '')
+def test_without_openmmlab_nothing_is_imported_or_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, 'mmengine', None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, 'beit_plugin.mm', raising=False)
+    _prepare()
+    assert 'beit_plugin.mm' not in sys.modules
+    assert capsys.readouterr() == ('', '')
 
 
 SPAWN = """
 import concurrent.futures, multiprocessing, os, sys
-import timm, torch
+import timm
 
-GLOBAL = __name__
-
-class Squares(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        assert timm.is_model('beit_plugin_base_patch16_224')
-        assert type(self) is sys.modules['__main__'].Squares
-        return index ** 2
+class Answer:
+    def __init__(self):
+        self.values = __name__, timm.is_model('beit_plugin_base_patch16_224')
 
 def grandchild():
-    return GLOBAL, 'beit_plugin' in sys.modules
+    return Answer()
 
 def child():
     with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return GLOBAL, 'beit_plugin' in sys.modules, pool.apply(grandchild)
+        return Answer(), pool.apply(grandchild)
 
 if __name__ == '__main__':
     os.chdir('/')  # a relative argv[0] must not matter any more
     sys.argv[:] = ['changed']
-    loader = torch.utils.data.DataLoader(Squares(), num_workers=1, multiprocessing_context='spawn')
-    print([int(batch) for batch in loader])
-    for method in ('spawn', 'forkserver'):
-        context = multiprocessing.get_context(method)
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-            print(pool.submit(child).result())
+    context = multiprocessing.get_context('forkserver')
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        for answer in pool.submit(child).result():
+            print(type(answer) is Answer, *answer.values)
 """
 
 
-def test_spawned_processes_have_the_plugin_and_the_scripts_classes(tmp_path: Path) -> None:
+def test_spawned_processes_have_the_plugin_and_a_broken_openmmlab_is_one_line(tmp_path: Path) -> None:
     script = write(tmp_path, SPAWN)
     # from a source tree: `-m` finds the package in the working directory, which the script's folder then replaces
-    result = run_python('-m', 'beit_plugin', os.path.relpath(script, ROOT), cwd=ROOT, source=tmp_path)
-    assert result.returncode == 0, result.stderr
-    seen = ('__mp_main__', True, ('__mp_main__', True))
-    assert result.stdout.splitlines() == ['[0, 1, 4, 9]', str(seen), str(seen)]
+    broken = break_openmmlab(tmp_path / 'broken')
+    result = run_python('-m', 'beit_plugin', os.path.relpath(script, ROOT), cwd=ROOT, path=[broken])
+    assert (result.returncode, result.stderr) == (0, WARNING)  # from the first process only
+    assert result.stdout.splitlines() == ['True __mp_main__ True'] * 2
 
 
 SPAWN_MM = """
@@ -187,20 +178,21 @@ class Probe(torch.utils.data.Dataset):
         return 1
 
     def __getitem__(self, index):
+        assert type(self) is sys.modules['__main__'].Probe
         import mmcv.ops  # the finder is there
         return 'beit_plugin.mm' in sys.modules
 
 if __name__ == '__main__':
-    print(next(iter(torch.utils.data.DataLoader(Probe(), num_workers=1, multiprocessing_context='spawn'))))
+    loader = torch.utils.data.DataLoader(Probe(), num_workers=1, multiprocessing_context='spawn')
+    print('beit_plugin.mm' in sys.modules, next(iter(loader)))
 """
 
 
-def test_spawned_workers_have_the_finder(tmp_path: Path) -> None:
-    if not _mm_is_installed():
-        pytest.skip('needs the extra beit-plugin[mmseg]')
+@needs_mm
+def test_openmmlab_is_there_first_and_in_spawned_workers(tmp_path: Path) -> None:
     result = run_python('-m', 'beit_plugin', write(tmp_path, SPAWN_MM), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == 'tensor([True])'
+    assert result.stdout.splitlines()[-1] == 'True tensor([True])'
 
 
 TORCHRUN = """
@@ -236,13 +228,13 @@ if __name__ == '__main__':
     runner.train()
     weight = model.layer.weight.detach().clone()
     torch.distributed.broadcast(weight, 0)
-    print('rank', os.environ['RANK'], 'same', bool((weight == model.layer.weight).all()))
+    same = bool((weight == model.layer.weight).all())
+    sys.stdout.write(f"rank {os.environ['RANK']} same {same}\\n")  # one write: both ranks share the stream
 """
 
 
+@needs_mm
 def test_torchrun_with_two_cpu_processes(tmp_path: Path) -> None:
-    if not _mm_is_installed():
-        pytest.skip('needs the extra beit-plugin[mmseg]')
     command = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
     script = write(tmp_path, TORCHRUN)
     no_gpu = dict(CUDA_VISIBLE_DEVICES='')

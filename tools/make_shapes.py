@@ -5,8 +5,9 @@
     DIR/annotations/{training,validation}/00000.png   8 bit: 0 other (ignored), 1 background, 2 circle, 3 triangle, ...
     DIR/classes.json                                  class names, palette, checksum; written last
 
-The class is the outline alone: colour, texture, size, position and rotation are random, and objects hide one another.
-Thin strokes belong to no class and carry label 0, so that the `reduce_zero_label` path of mmsegmentation is used.
+A class is an outline with a typical hue, from which single objects stray into the hue of another class. Texture,
+brightness, size, position and rotation are random, objects hide one another and leave the picture. Thin strokes belong
+to no class and carry label 0, so that mmsegmentation's `reduce_zero_label` is used.
 """
 
 import argparse
@@ -31,10 +32,8 @@ PALETTE = {
 }
 CLASSES = tuple(PALETTE)
 SPLITS = ('training', 'validation')
-import os
-HUE_SPREAD=float(os.environ.get('HUE','0.05'))
-HUE_SPREAD=float(os.environ.get('HUE','0.05'))
 MIN_SIDE, MAX_SIDE = 96, 160
+HUE_SPREAD = 0.035  # in turns; the hues of two classes are 1/6 apart, so one object in 60 has its neighbour's colour
 
 
 def polygon(points: int, inner: float) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -103,7 +102,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         angle = rng.uniform(0, 2 * np.pi)
         u, v = (x - cx) / radius, (y - cy) / radius
         mask = INSIDE[name](u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle))
-        hue = CLASSES.index(name) / 6 + rng.normal(0, HUE_SPREAD)
+        hue = CLASSES.index(name) / (len(CLASSES) - 1) + rng.normal(0, HUE_SPREAD)
         image[mask] = texture(rng, x, y, hue, saturation=0.9)[mask]
         label[mask] = 1 + CLASSES.index(name)
 

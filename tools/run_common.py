@@ -1,6 +1,7 @@
 """What the tools share: reading a configuration, checking its data, a quiet start of the Runner, a summary, the run."""
 
 import argparse
+import copy
 import io
 import sys
 import warnings
@@ -13,8 +14,23 @@ from typing import Any
 from data_folders import DataError, check_values, label_values
 
 MAX_LABELS_CHECKED = 1000  # per data set, spread evenly: a second or so; training checks every label it meets
-# mmengine opens with its whole environment, configuration and hooks; they stay in the log file
-CONSOLE_NOISE = ('System environment:', 'Config:\n', 'Hooks will be executed', 'The prefix is not set in metric class')
+# mmengine opens with its whole environment, configuration and hooks; these stay in the log file
+CONSOLE_NOISE = (
+    'System environment:',
+    'Config:\n',
+    'Hooks will be executed',
+    'Distributed training is not used',
+    'The prefix is not set in metric class',
+    '"FileClient" will be deprecated',
+    '"HardDiskBackend" is the alias',
+)
+# mmsegmentation warns about its own code and defaults at every start, and in multi-scale testing at every image
+WARNING_NOISE = (
+    'The draw is False',
+    '``build_loss`` would be deprecated',
+    'Default ``avg_non_ignore`` is False',
+    'The shape of value will convert',
+)
 
 
 class _Console(io.TextIOBase):
@@ -105,7 +121,9 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
     from mmengine.dist import get_world_size
 
     cfg = runner.cfg
-    module = getattr(runner.model, 'module', runner.model)  # inside DDP or the test-time augmentation
+    module = runner.model
+    while hasattr(module, 'module'):  # DDP, test-time augmentation
+        module = module.module
     parameters = sum(p.numel() for p in module.parameters()) / 1e6
     backbone, head = type(module.backbone).__name__, type(module.decode_head).__name__
     device = get_device()
@@ -113,10 +131,12 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
         device = torch.cuda.get_device_name()
     else:
         device += f', {torch.get_num_threads()} threads'
+    crop = ' x '.join(map(str, module.data_preprocessor.size))
+    tested = 'windows' if module.test_cfg.mode == 'slide' else 'whole images'
     lines = [
         f'model       {backbone} + {type(module.neck).__name__} + {head}, {parameters:.1f} M parameters',
         f'classes     {module.decode_head.num_classes}',
-        f'resolution  {" x ".join(map(str, cfg.model.get("data_preprocessor", {}).get("size") or ("any",)))} px',
+        f'resolution  crops of {crop} px in training, {tested} in testing',
         f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}',
     ]
     if 'training' in counts:
@@ -132,7 +152,8 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
     from mmengine.dist import is_main_process
     from mmengine.runner import Runner
 
-    warnings.filterwarnings('ignore', message='The draw is False')  # mmseg's hook says so at every start
+    for message in WARNING_NOISE:
+        warnings.filterwarnings('ignore', message=message)
     with redirect_stdout(_Console(sys.stdout)):
         runner = Runner.from_cfg(cfg)
     if is_main_process():
@@ -142,7 +163,8 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
 
 def train(cfg: Any) -> tuple[Path, float | None]:
     """Train by mmengine's Runner; returns the last checkpoint and the last mIoU (None without validation)."""
-    counts = {'training': check_data(cfg.train_dataloader.dataset), 'validation': check_data(cfg.val_dataloader.dataset)}
+    loaders = {'training': cfg.train_dataloader, 'validation': cfg.val_dataloader}
+    counts = {name: check_data(loader.dataset) for name, loader in loaders.items()}
     runner = _start(cfg, counts)
     runner.train()
     checkpoint = Path(Path(cfg.work_dir, 'last_checkpoint').read_text().strip())
@@ -157,6 +179,7 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     if tta and 'tta_pipeline' not in cfg:
         raise DataError('the configuration has no tta_pipeline, so --tta cannot run.')
     counts = {'test': check_data(cfg.test_dataloader.dataset)}
+    cfg = copy.deepcopy(cfg)
     cfg.load_from = str(checkpoint)
     if tta:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline

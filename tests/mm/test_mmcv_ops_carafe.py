@@ -22,11 +22,6 @@ def ops() -> ModuleType:
     return pytest.importorskip('mmcv.ops')
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def inputs(kernel: int, groups: int, scale: int) -> tuple[Tensor, Tensor]:
     """Features (2, 4, 3, 5) and masks (2, k·k·G, s·3, s·5)."""
     generator = torch.Generator().manual_seed(kernel)

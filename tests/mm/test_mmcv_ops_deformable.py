@@ -27,11 +27,6 @@ def ops() -> ModuleType:
     return pytest.importorskip('mmcv.ops')
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def sample(plane: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Bilinear value of one map (H, W) at one point, 0 outside."""
     total = plane.new_zeros(())

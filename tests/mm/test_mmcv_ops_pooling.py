@@ -22,11 +22,6 @@ def ops() -> ModuleType:
     return pytest.importorskip('mmcv.ops')
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
 def features(dtype: torch.dtype = torch.float64) -> Tensor:
     """(2, 3, 9, 7), all values different, so that every maximum is unique."""
     generator = torch.Generator().manual_seed(0)

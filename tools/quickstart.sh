@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# From a fresh machine with python >= 3.10 and pip to a trained, evaluated and drawn segmentor; safe to run again.
+# Arguments go to tools/quickstart.py: see bash tools/quickstart.sh --help
+set -euo pipefail
+here=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/_env.sh mmseg
+case $PYTHON in .venv/*) PYTHON=$PWD/$PYTHON ;; esac
+quickstart=$PWD/tools/quickstart.py
+cd "$here"  # relative paths in the arguments are the caller's
+exec "$PYTHON" "$quickstart" "$@"
