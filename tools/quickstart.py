@@ -47,12 +47,12 @@ def parse_args() -> argparse.Namespace:
 
 def load_config(args: argparse.Namespace, work_dir: Path) -> Any:
     """The quickstart's configuration on the data at hand."""
-    from mmengine.config import Config, DictAction
+    folders = detect(args.data_root or REPOSITORY / 'data/shapes')
+    from mmengine.config import Config, DictAction  # after the folders: what is wrong there is said at once
 
     options = argparse.ArgumentParser()
     options.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
     cfg = Config.fromfile(CONFIG)
-    folders = detect(args.data_root or REPOSITORY / 'data/shapes')
     use_folders(cfg, folders, work_dir)
     cfg.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
     zero = ', label 0 is ignored' if folders.reduce_zero_label else ''

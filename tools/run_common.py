@@ -94,12 +94,12 @@ def check_data(dataset_cfg: Any) -> int:
     Raises:
         DataError: folders, images or labels are missing, or labels are outside the classes.
     """
-    from mmseg.registry import DATASETS
-
-    dataset = DATASETS.build({**dataset_cfg, 'pipeline': [], 'lazy_init': True})
     root = Path(dataset_cfg.get('data_root') or '.')
     if not root.is_dir():
         raise DataError(f'the data root {root} does not exist: give it by --data-root DIR.')
+    from mmseg.registry import DATASETS
+
+    dataset = DATASETS.build({**dataset_cfg, 'pipeline': [], 'lazy_init': True})
     for key, what in (('img_path', 'images'), ('seg_map_path', 'labels')):
         if not Path(dataset.data_prefix[key]).is_dir():
             raise DataError(f'the data root {root} has no {what}: {dataset.data_prefix[key]} does not exist.')

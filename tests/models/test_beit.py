@@ -1,13 +1,13 @@
-"""Options, inputs and outputs of the encoder; sizes, precision and compilers are in test_beit_sizes and test_beit_modes."""
+"""Options, inputs and outputs of the encoder; test_beit_sizes.py and test_beit_modes.py have sizes and compilers."""
 
 import math
 
 import pytest
 import torch
 from helpers import TINY, images, randomize, relative_error, weighted_sum
+from timm.models import beit as timm_beit
 from torch import nn
 from torch.nn import functional as F
-from timm.models import beit as timm_beit
 
 from beit_plugin.models.beit import VARIANTS, Beit
 from beit_plugin.models.param_groups import layer_id, no_weight_decay
@@ -96,7 +96,9 @@ def test_dropout_rates_arrive_where_they_belong():
 
 
 def test_initialisation():
-    model = Beit(**{**TINY, 'embed_dim': 128}, num_classes=200, init_std=0.05, use_mask_token=True, use_abs_pos_emb=True)
+    model = Beit(
+        **{**TINY, 'embed_dim': 128}, num_classes=200, init_std=0.05, use_mask_token=True, use_abs_pos_emb=True
+    )
     for i, block in enumerate(model.blocks, start=1):
         for linear, scale in (
             (block.attn.qkv, 1),
@@ -236,22 +238,28 @@ def test_other_channel_counts(channels):
 @pytest.mark.parametrize(
     'call, sentence',
     [
-        (lambda: beit()(images(48, 80, channels=4)), r'expected images of shape \(B, 3, H, W\), got \(2, 4, 48, 80\); con'),
+        (lambda: beit()(images(48, 80, channels=4)), r'images of shape \(B, 3, H, W\), got \(2, 4, 48, 80\); con'),
         (lambda: beit()(X[0]), r'expected images of shape \(B, 3, H, W\), got \(3, 48, 80\)'),
-        (lambda: beit()(images(15, 80)), r'images of at least one 16x16 patch, got 15x80 pixels; enlarge or pad the im'),
+        (lambda: beit()(images(15, 80)), r'of at least one 16x16 patch, got 15x80 pixels; enlarge or pad'),
         (lambda: beit(img_size=(8, 80)), r'img_size \(8, 80\) is smaller than a patch of 16 pixels'),
         (lambda: beit(embed_dim=15), 'embed_dim must be a multiple of num_heads, got 15 and 2 heads'),
         (lambda: beit(global_pool='max'), r"global_pool must be 'avg', 'token' or '', got 'max'"),
         (lambda: beit(rel_pos_resize='cubic'), 'rel_pos_resize must be one of geometric, linear, bilinear'),
         (lambda: beit(attn_backend='flash'), 'attn_backend must be one of auto, eager, sdpa'),
-        (lambda: beit().encode(X, torch.ones(2, 15).bool()), 'needs a mask token; build the model with use_mask_token'),
-        (lambda: beit(use_mask_token=True).encode(X, torch.ones(2, 15)), r'must have dtype torch.bool, got torch.float32'),
+        (lambda: beit().encode(X, torch.ones(2, 15).bool()), 'needs a mask token; build the model with use_'),
+        (
+            lambda: beit(use_mask_token=True).encode(X, torch.ones(2, 15)),
+            r'must have dtype torch.bool, got torch.float',
+        ),
         (
             lambda: beit(use_mask_token=True).encode(X, torch.ones(2, 16).bool()),
             r'must have shape \(2, 15\) or \(2, 3, 5\) for this batch of 3x5-patch images, got \(2, 16\)',
         ),
         (lambda: beit(use_mask_token=True).encode(X, torch.ones(2, 5, 3).bool()), r'got \(2, 5, 3\)'),
-        (lambda: beit().encode(X, head_mask=torch.ones(3)), r'head_mask must have shape \(2,\) or \(4, 2\), got \(3,\)'),
+        (
+            lambda: beit().encode(X, head_mask=torch.ones(3)),
+            r'head_mask must have shape \(2,\) or \(4, 2\), got \(3,\)',
+        ),
     ],
 )
 def test_error_sentences(call, sentence):

@@ -72,7 +72,8 @@ def test_autocast_trains_float32_parameters(dtype):
     loss.backward()
     names = {n for n, p in model.named_parameters() if p.grad is None}
     assert names == {'head.weight', 'head.bias'}
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for n, p in model.named_parameters() if n not in names)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
 def test_a_whole_model_in_bfloat16():
@@ -104,6 +105,7 @@ def test_training_step_compiles_without_a_graph_break():
         assert max(relative_error(got[name], expected[name]) for name in expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     torch._dynamo.reset()
     model, x = beit(depth=1).requires_grad_(False), images(64, 33)  # another size: with the operator that resizes

@@ -1,10 +1,13 @@
 """The backbone against mmsegmentation's BEiT."""
 
+import importlib.util
+
 import pytest
 import torch
 from helpers import SIZES, images, randomize, relative_error, weighted_sum
 
-pytest.importorskip('mmseg', reason="needs the extra: pip install 'beit-plugin[mmseg]'", exc_type=ImportError)
+if importlib.util.find_spec('mmseg') is None:
+    pytest.skip("needs the extra: pip install 'beit-plugin[mmseg]'", allow_module_level=True)
 
 import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
 

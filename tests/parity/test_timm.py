@@ -98,7 +98,9 @@ def test_initialisation_is_timms():
         if theirs.std() == 0:
             assert torch.equal(ours, theirs), name
         else:
-            assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.25 if theirs.numel() < 1000 else 0.1), name
+            assert ours.std().item() == pytest.approx(
+                theirs.std().item(), rel=0.25 if theirs.numel() < 1000 else 0.1
+            ), name
 
 
 def test_key_bias_is_a_buffer_of_zeros_in_timm():

@@ -1,10 +1,13 @@
 """The encoder and the backbone against transformers' BeitModel and BeitBackbone."""
 
+import importlib.util
+
 import pytest
 import torch
 from helpers import images, randomize, relative_error, weighted_sum
 
-transformers = pytest.importorskip('transformers', reason="needs the extra: pip install 'beit-plugin[test]'")
+if importlib.util.find_spec('transformers') is None:
+    pytest.skip("needs the extra: pip install 'beit-plugin[test]'", allow_module_level=True)
 
 from transformers import BeitBackbone as HFBackbone
 from transformers import BeitConfig, BeitModel

@@ -1,0 +1,95 @@
+"""The rules of the house that a program can check: who imports whom, file length, no machine paths."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'beit_plugin'
+MODULES = sorted(PACKAGE.rglob('*.py'))
+SOURCES = [p for folder in ('beit_plugin', 'tests', 'tools', 'configs') for p in sorted((ROOT / folder).rglob('*.py'))]
+OPENMMLAB = {'mmengine', 'mmcv', 'mmseg', 'mmdet', 'mmpretrain'}
+# what a module may import; the longest prefix that fits its dotted name counts. Ours is written without 'beit_plugin'.
+# timm's private helpers are the ones that every model of timm itself uses.
+ALLOWED = {
+    'models': {'torch', 'timm.layers', 'timm.models._features', 'timm.models._manipulate', 'models'},
+    'models.attention': {'torch', 'models.relative_position', 'models.resample', 'kernels'},
+    'models.relative_position': {'torch', 'models.resample'},
+    'models.resample': {'torch'},
+    'kernels': {'torch', 'triton', 'kernels'},
+    'tokenizers': {'torch', 'timm.layers', 'models', 'tokenizers', 'checkpoints'},
+    'checkpoints': {'torch', 'timm.layers', 'safetensors', 'numpy', 'models.resample', 'checkpoints'},
+    'masking': {'torch', 'numpy'},
+    'image_processor': {'torch', 'numpy', 'PIL'},
+    'timm_models': {'torch', 'timm', 'models', 'checkpoints'},
+    'mm': {'torch', 'torchvision', 'timm', 'numpy', 'mm', 'models', 'checkpoints', 'tokenizers', 'masking', *OPENMMLAB},
+    '': {'torch', 'timm', 'models', 'timm_models', '_script', 'image_processor', 'mm'},  # __init__, __main__, _script
+}
+
+
+def dotted(path):
+    parts = path.relative_to(PACKAGE).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def imports(path):
+    return imports_of(path.read_text(), ['beit_plugin', *path.relative_to(PACKAGE).parent.parts])
+
+
+def imports_of(source, package):
+    """Absolute names of everything that a source imports, those of this package without its name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = '.'.join([*base, *([node.module] if node.module else [])])
+            # "from . import x" names a module, "from .x import y" a thing in it
+            names = [start] if node.module else [f'{start}.{alias.name}' for alias in node.names]
+        else:
+            continue
+        yield from (re.sub(r'^beit_plugin(\.|$)', '', name) for name in names)
+
+
+def rule(name):
+    fits = [key for key in ALLOWED if key and (name == key or name.startswith(f'{key}.'))]
+    return ALLOWED[max(fits, key=len, default='')]
+
+
+@pytest.mark.parametrize('path', MODULES, ids=dotted)
+def test_who_imports_whom(path):
+    allowed = rule(dotted(path))
+    for name in imports(path):
+        top = name.partition('.')[0]
+        if top in sys.stdlib_module_names or not name:
+            continue
+        assert any(name == a or name.startswith(f'{a}.') for a in allowed), f'{path.name} may not import {name}'
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_length_and_no_machine_paths(path):
+    text = path.read_text()
+    limit = 330 if 'kernels' not in path.parts else 1000
+    assert len(text.splitlines()) <= limit, f'more than {limit} lines: split by concept'
+    found = re.findall(r'(?:/work/|/home/|/root/|/tmp/)[\w./-]*', text)
+    assert not found or path == Path(__file__), f'paths of one machine: {found}'
+
+
+def test_rules_bite():
+    # the checks above would be worth nothing if imports_of() missed a form of import
+    source = 'import mmseg.apis\nfrom ..mm.optim import a\nfrom . import beit\nfrom .. import timm_models\n'
+    names = set(imports_of(source, ['beit_plugin', 'models']))
+    assert names == {'mmseg.apis', 'mm.optim', 'models.beit', 'timm_models'}
+    allowed = rule('models.made_up')
+    assert not any(n == a or n.startswith(f'{a}.') for n in names - {'models.beit'} for a in allowed)
+
+
+def test_openmmlab_stays_in_its_folder():
+    hosts = [p for p in MODULES if 'mm' not in p.relative_to(PACKAGE).parts]
+    assert len(hosts) > 10
+    for path in hosts:
+        wrong = [n for n in imports(path) if n.partition('.')[0] in OPENMMLAB]
+        assert not wrong, f'{path.relative_to(ROOT)} imports {wrong}'
