@@ -3,19 +3,22 @@
 timm keys a registering module by the last part of its name, so it must not be called ``beit``.
 """
 
+import logging
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from .checkpoints.fit import accept_any_dialect
+from .checkpoints.fit import accept_any_dialect, translate
 from .models.backbone import BeitBackbone, pyramid_indices
 from .models.beit import VARIANTS, Beit
 from .models.pyramid import FeaturePyramid
 from .models.segmentation_loss import SegmentationLoss
 from .models.segmentor import BeitSegmentor
 from .models.upernet import FCNHead, UPerNetHead
+
+_logger = logging.getLogger(__name__)
 
 __all__: list[str] = []  # register_model appends the entry points
 
@@ -40,7 +43,8 @@ def _cfg(hf_hub_id: str | None = None, size: int = 224, **kwargs: Any) -> dict[s
     }
 
 
-# segmentors and v2 take ImageNet's mean and std, v1 0.5; weights: timm's conversions of the official fine-tuned ones; Microsoft's of the pre-trained ones, without classifier
+# segmentors and v2 take ImageNet's mean and std, v1 0.5; the weights are timm's conversions of the official fine-tuned
+# ones and Microsoft's of the pre-trained ones, which have no classifier
 default_cfgs = generate_default_cfgs(
     {
         'beit_plugin_tiny_patch16_224': _cfg(),
@@ -93,10 +97,21 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Opens the wrappers of published files; names and sizes are dealt with by ``load_state_dict`` itself."""
+    """Takes a published file of any dialect to the names and sizes of ``model``.
+
+    A norm that the file does not have keeps its initial values: pre-trained weights know the final norm of their own
+    head only, so fine-tuning with mean pooling starts its norm anew, as the official code does.
+    """
     for wrapper in ('model', 'module', 'state_dict'):
         state_dict = state_dict.get(wrapper, state_dict)
-    return state_dict
+    if not isinstance(model, Beit):
+        return state_dict
+    fitted, rest = translate(state_dict, model)
+    own = model.state_dict()
+    fresh = {name: own[name] for name in own if name.startswith(('norm.', 'fc_norm.')) and name not in fitted}
+    if fresh:
+        _logger.info('left at their initial values, for the file does not have them: %s', ', '.join(fresh))
+    return {**fitted, **fresh, **rest}
 
 
 def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
@@ -106,7 +121,7 @@ def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any
     if add_fpn and not args.get('features_only', False):
         raise ValueError('add_fpn makes feature maps; it needs features_only=True')
     # out_indices name blocks; with a pyramid these are what it reads, and its four levels are what comes out
-    level_or_block = (0, 1, 2, 3) if add_fpn else 3 if taps is None else taps
+    level_or_block = (0, 1, 2, 3) if add_fpn else min(3, args['depth']) if taps is None else taps
 
     def build(**model_kwargs: Any) -> nn.Module:
         model = BeitBackbone(out_indices=taps, add_fpn=True, **model_kwargs) if add_fpn else Beit(**model_kwargs)
@@ -148,7 +163,7 @@ def _create_segmentor(variant: str, size: str, pretrained: bool, kwargs: dict[st
         backbone = BeitBackbone(out_indices=taps, **encoder_kwargs)
         accept_any_dialect(backbone)
         dim = backbone.embed_dim
-        dd = {'device': encoder_kwargs.get('device'), 'dtype': encoder_kwargs.get('dtype')}
+        dd: dict[str, Any] = {'device': encoder_kwargs.get('device'), 'dtype': encoder_kwargs.get('dtype')}
         auxiliary_head = FCNHead(
             dim,
             auxiliary_channels,

@@ -15,7 +15,7 @@ OPENMMLAB = {'mmengine', 'mmcv', 'mmseg', 'mmdet', 'mmpretrain'}
 # what a module may import; the longest prefix that fits its dotted name counts. Ours is written without 'beit_plugin'.
 # timm's private helpers are the ones that every model of timm itself uses.
 ALLOWED = {
-    'models': {'torch', 'timm.layers', 'timm.models._features', 'timm.models._manipulate', 'models'},
+    'models': {'torch', 'timm.layers', 'timm.models._features', 'models'},
     'models.attention': {'torch', 'models.relative_position', 'models.resample', 'kernels'},
     'models.relative_position': {'torch', 'models.resample'},
     'models.resample': {'torch'},

@@ -119,7 +119,6 @@ def test_shared_table_of_pre_training_starts_every_layer(tmp_path):
     assert relative_error(shared(x), model(x)) < 1e-5
 
 
-@pytest.mark.xfail(reason="the table has no row for transformers' classifier", raises=RuntimeError, strict=True)
 @pytest.mark.parametrize('load', [lambda path: dict(checkpoint_path=str(path)), file_of])
 def test_classifier_of_transformers(tmp_path, load):
     transformers, config = hf_config(use_relative_position_bias=True, num_labels=1000)
@@ -130,7 +129,6 @@ def test_classifier_of_transformers(tmp_path, load):
 
 # the form of microsoft/beit-base-patch16-224-pt22k, which the tags .in22k name: no pooler, norm and head of the
 # pre-training beside the encoder
-@pytest.mark.xfail(reason='its layernorm and lm_head stand beside the encoder', raises=RuntimeError, strict=True)
 @pytest.mark.parametrize(
     'options', [dict(), dict(global_pool='token'), dict(features_only=True), dict(in_chans=1, global_pool='token')]
 )

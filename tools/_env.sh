@@ -19,13 +19,15 @@ find_python() {
 
 make_environment() {
     local base=$1
-    if .venv/bin/python -m pip --version >/dev/null 2>&1; then
-        return  # an interrupted installation: pip goes on where it stopped
+    if [ -e .venv/unfinished ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        rm -rf .venv  # pip takes a package that it was interrupted at for installed
     fi
-    rm -rf .venv
-    # Debian ships python without ensurepip: there the pip outside fills the environment
-    "$base" -m venv .venv 2>/dev/null ||
-        { "$base" -m venv --clear --without-pip .venv && "$base" -m pip --python .venv/bin/python install pip; }
+    if [ ! -e .venv ]; then
+        # Debian ships python without ensurepip: there the pip outside fills the environment
+        "$base" -m venv .venv 2>/dev/null ||
+            { "$base" -m venv --clear --without-pip .venv && "$base" -m pip --python .venv/bin/python install pip; }
+    fi
+    touch .venv/unfinished
 }
 
 if [ -n "${BEIT_PLUGIN_PYTHON:-}" ]; then
@@ -44,6 +46,7 @@ else
             "$PYTHON" -m pip uninstall --quiet --yes opencv-python
             "$PYTHON" -m pip install --quiet --force-reinstall --no-deps opencv-python-headless
         fi
-        echo "$wanted" >"$stamp"  # last: without it the next start repairs the environment
+        echo "$wanted" >"$stamp"
+        rm .venv/unfinished
     fi
 fi

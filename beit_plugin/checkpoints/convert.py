@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .tables import DIALECTS, Dialect
+from .tables import DIALECTS, Dialect, Row
 
 __all__ = ['CheckpointError', 'detect', 'from_native', 'to_native']
 
@@ -29,16 +29,15 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 @lru_cache
-def _compiled(dialect: str, reverse: bool) -> tuple[tuple[re.Pattern[str], str | None], ...]:
-    rows = DIALECTS[dialect].rows
+def _compiled(rows: tuple[Row, ...], reverse: bool) -> tuple[tuple[re.Pattern[str], str | None], ...]:
     if not reverse:
         return tuple((_pattern(theirs), ours) for theirs, ours in rows)
     return tuple((_pattern(ours), theirs) for theirs, ours in rows if ours is not None)
 
 
-def _rename(name: str, dialect: str, reverse: bool = False) -> tuple[bool, str | None]:
+def _rename(name: str, rows: tuple[Row, ...], reverse: bool = False) -> tuple[bool, str | None]:
     """Whether the table knows the name, and the other side of its row."""
-    for pattern, target in _compiled(dialect, reverse):
+    for pattern, target in _compiled(rows, reverse):
         match = pattern.fullmatch(name)
         if match:
             return True, target.format(**match.groupdict()) if target is not None else None
@@ -68,8 +67,8 @@ def to_native(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
     """Takes the encoder of any dialect to our names.
 
     Returns:
-        The encoder's parameters by our names (without prefix), and everything that no row of the table matches, by its
-        own name.
+        The parameters of encoder and classifier by our names (without prefix), and everything that no row of the table
+        matches, by its own name.
 
     Raises:
         CheckpointError: no BEiT encoder, a key bias that is not zero, or a part of q, k, v that is missing.
@@ -79,8 +78,9 @@ def to_native(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
     rest: StateDict = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state_dict.items():
-        inner = name.removeprefix(prefix)
-        known, target = _rename(inner, dialect.name) if name.startswith(prefix) else (False, None)
+        known, target = _rename(name.removeprefix(prefix), dialect.rows) if name.startswith(prefix) else (False, None)
+        if not known and prefix:
+            known, target = _rename(name, dialect.task_rows)
         if not known:
             rest[name] = tensor
         elif target is not None and target.endswith('.k_bias'):
@@ -107,10 +107,11 @@ def from_native(native: Mapping[str, Tensor], dialect: str, prefix: str = '') ->
     """
     if dialect not in DIALECTS:
         raise CheckpointError(f'unknown dialect {dialect!r}; known are {", ".join(DIALECTS)}')
+    rows = DIALECTS[dialect].rows
     result: StateDict = {}
     for name, tensor in native.items():
-        known, target = _rename(name, dialect, reverse=True)
-        thirds = [_rename(f'{name}#{part}', dialect, reverse=True) for part in _PARTS]
+        known, target = _rename(name, rows, reverse=True)
+        thirds = [_rename(f'{name}#{part}', rows, reverse=True) for part in _PARTS]
         if known and target is not None:
             result[prefix + target] = tensor
         elif all(found for found, _ in thirds):

@@ -1,5 +1,6 @@
 """Makes an encoder's parameters fit a model of another size: patch kernel, positions, bias tables, shared tables."""
 
+from collections.abc import Mapping
 from math import isqrt
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..models.resample import NUM_CLS_ROWS, resize_abs_pos_embed, resize_rel_pos_bias_table
 from .convert import CheckpointError, StateDict, detect, to_native
 
-__all__ = ['accept_any_dialect', 'fit']
+__all__ = ['accept_any_dialect', 'fit', 'strip_encoder_prefix', 'translate']
 
 _TABLE = 'relative_position_bias_table'
 _SHARED = f'rel_pos_bias.{_TABLE}'
@@ -78,35 +79,46 @@ def fit(native: StateDict, model: _Encoder) -> StateDict:
     return fitted
 
 
+def translate(state_dict: Mapping[str, Tensor], model: Any) -> tuple[StateDict, StateDict]:
+    """Takes a state dict of any dialect at any resolution to what ``model`` holds.
+
+    What an encoder checkpoint may have for other tasks (classifier, mask token, MIM head, final norms) is dropped where
+    the model lacks that part.
+
+    Returns:
+        The parameters by our names, and what no table knows, by its own name.
+    """
+    native, rest = to_native(state_dict)
+    fitted = fit(native, model)
+    own = {name.replace('layers.', 'blocks.', 1) if name.startswith('layers.') else name for name in model.state_dict()}
+    return {name: tensor for name, tensor in fitted.items() if name in own or not name.startswith(_OPTIONAL)}, rest
+
+
+def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What ``load_state_dict`` calls before it reads ``state_dict``; at module level, so that models can be pickled."""
+    part = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    try:
+        detect(part)
+    except CheckpointError:
+        return  # not an encoder: leave it to load_state_dict to say what is missing
+    fitted, rest = translate(part, model)
+    for name in part.keys() - rest.keys():
+        del state_dict[prefix + name]
+    blocks = 'layers.' if 'layers' in dict(model.named_children()) else 'blocks.'
+    for name, tensor in fitted.items():
+        state_dict[prefix + (blocks + name.removeprefix('blocks.') if name.startswith('blocks.') else name)] = tensor
+
+
 def accept_any_dialect(model: nn.Module) -> None:
     """Lets ``model.load_state_dict`` take every dialect at every resolution, also as a part of a larger model.
 
-    What the encoder has no use for (a classifier, a mask token, the MIM head, final norms) is dropped where the model
-    lacks that part; anything else unknown stays in the state dict, so that the loader reports it.
+    The timm entry points and ``BEiTBackbone`` have called this; a ``Beit`` that you build yourself has not. What no
+    table knows stays in the state dict, so that the loader reports it.
     """
-    own_blocks = 'layers' if 'layers' in dict(model.named_children()) else 'blocks'
-
-    def hook(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        part = {name: state_dict[name] for name in state_dict if name.startswith(prefix)}
-        inner = {name.removeprefix(prefix): tensor for name, tensor in part.items()}
-        try:
-            detect(inner)
-        except CheckpointError:
-            return  # not an encoder: leave it to load_state_dict to say what is missing
-        native, rest = to_native(inner)
-        fitted = fit(native, module)
-        for name in part:
-            if name.removeprefix(prefix) not in rest:
-                del state_dict[name]
-        expected = {own.replace(f'{own_blocks}.', 'blocks.', 1) for own in module.state_dict()}
-        for name, tensor in fitted.items():
-            if name in expected or not name.startswith(_OPTIONAL):
-                state_dict[prefix + name.replace('blocks.', f'{own_blocks}.', 1)] = tensor
-
-    model.register_load_state_dict_pre_hook(hook)
+    model.register_load_state_dict_pre_hook(_translate_in_place)
 
 
-def strip_encoder_prefix(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def strip_encoder_prefix(state_dict: Mapping[str, Tensor]) -> StateDict:
     """The entries of the encoder alone, without its prefix (``backbone.``, ``beit.``, ``module.``)."""
     _, prefix = detect(state_dict)
     return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""The rename tables: one per dialect, from the reverse is derived.
+"""The rename tables: one per dialect; the way back is derived from it.
 
 A row is (their name, our name). ``{i}`` stands for a layer number, ``{p}`` for ``weight`` or ``bias``. Our side may end
 in ``#q``, ``#k`` or ``#v``: that third of a fused tensor. None: dropped on purpose, the model makes it anew.
@@ -18,12 +18,14 @@ class Dialect(NamedTuple):
         name: what users call it.
         signature: a name that every checkpoint of the dialect has and no other dialect's; it tells the dialect, and
             what stands before it is the prefix of the encoder.
-        rows: the rename table.
+        rows: the rename table of the encoder.
+        task_rows: what task models of the dialect hold beside the encoder, by its full name there.
     """
 
     name: str
     signature: str
     rows: tuple[Row, ...]
+    task_rows: tuple[Row, ...] = ()
 
 
 _SAME = tuple(
@@ -93,6 +95,13 @@ _HF_EMBEDDINGS: tuple[Row, ...] = (
     ('pooler.layernorm.{p}', 'fc_norm.{p}'),
 )
 
+# BeitForImageClassification, and BeitForMaskedImageModeling with a final norm of its own
+_HF_TASKS: tuple[Row, ...] = (
+    ('classifier.{p}', 'head.{p}'),
+    ('layernorm.{p}', 'norm.{p}'),
+    ('lm_head.{p}', 'lm_head.{p}'),
+)
+
 # transformers 5.23, modeling_beit.py, as in memory
 _HF_V5: tuple[Row, ...] = (
     *_HF_EMBEDDINGS,
@@ -145,7 +154,7 @@ DIALECTS: dict[str, Dialect] = {
         Dialect('native', 'blocks.{i}.norm1.weight', _NATIVE),
         Dialect('native-openmmlab', 'layers.{i}.norm1.weight', _OPENMMLAB_NATIVE),
         Dialect('mmseg', 'layers.{i}.ln1.weight', _MMSEG),
-        Dialect('transformers', 'layers.{i}.layernorm_before.weight', _HF_V5),
-        Dialect('transformers-disk', 'encoder.layer.{i}.layernorm_before.weight', _HF_DISK),
+        Dialect('transformers', 'layers.{i}.layernorm_before.weight', _HF_V5, _HF_TASKS),
+        Dialect('transformers-disk', 'encoder.layer.{i}.layernorm_before.weight', _HF_DISK, _HF_TASKS),
     )
 }

@@ -1,8 +1,8 @@
 """Registers the plugin in OpenMMLab: ``custom_imports = dict(imports=['beit_plugin.mm'], allow_failed_imports=False)``.
 
 The classes go to mmengine's root registries, so configs of mmseg, mmdet and mmpretrain find them without a scope.
-Importing this also makes mmcv-lite enough, lets ``torch.load`` read mmengine's checkpoints, and lets mmengine's launcher
-start without CUDA.
+Importing this also makes mmcv-lite enough, lets ``torch.load`` read mmengine's checkpoints, and lets mmengine's
+launcher start without CUDA.
 """
 
 from importlib.util import find_spec

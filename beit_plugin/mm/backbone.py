@@ -29,6 +29,12 @@ def _layer_norm_eps(norm_cfg: dict[str, Any]) -> float:
     return norm_cfg.get('eps', 1e-5)  # the default of torch, which mmsegmentation's class uses
 
 
+def _activation_name(act_cfg: dict[str, Any]) -> str:
+    if set(act_cfg) != {'type'}:
+        raise ValueError(f"act_cfg must be dict(type=...) and nothing else, such as dict(type='GELU'), got {act_cfg}")
+    return act_cfg['type'].lower()
+
+
 @MODELS.register_module()
 class BEiTBackbone(BeitBackbone):
     """BEiT feature maps for necks and heads.
@@ -112,7 +118,7 @@ class BEiTBackbone(BeitBackbone):
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
             norm_eps=_layer_norm_eps(norm_cfg),
-            act_layer=act_cfg['type'].lower(),
+            act_layer=_activation_name(act_cfg),
             patch_norm=patch_norm,
             final_norm=final_norm,
             init_values=init_values,
@@ -158,7 +164,8 @@ class BEiTBackbone(BeitBackbone):
         missing = [name for name in missing if not name.startswith('fpn.')]  # encoders come without a pyramid
         if missing or unexpected:
             raise CheckpointError(
-                f'{source} does not fit this backbone: missing {missing or "nothing"}, unknown {unexpected or "nothing"}'
+                f'{source} does not fit this backbone: missing {missing or "nothing"}, '
+                f'unknown {unexpected or "nothing"}'
             )
         print_log(f'BEiTBackbone: loaded {source}', logger='current')
 

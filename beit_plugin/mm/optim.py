@@ -75,13 +75,16 @@ class BEiTLayerDecayConstructor(DefaultOptimWrapperConstructor):
                     'lr_scale': scale,
                     'group_name': group_name,
                     'lr': scale * self.base_lr,
-                    'weight_decay': self.base_wd if decayed else 0.0,
                 }
+                if not decayed:
+                    groups[group_name]['weight_decay'] = 0.0
+                elif self.base_wd is not None:  # else the optimiser's own default holds
+                    groups[group_name]['weight_decay'] = self.base_wd
             groups[group_name]['params'].append(parameter)
             groups[group_name]['param_names'].append(name)
         for name, group in groups.items():
             print_log(
-                f'{name}: lr {group["lr"]:.3g}, weight decay {group["weight_decay"] or 0:.3g}, '
+                f'{name}: lr {group["lr"]:.3g}, weight decay {group.get("weight_decay", "by default")}, '
                 f'{len(group["params"])} tensors',
                 logger='current',
             )

@@ -29,8 +29,15 @@ class BackboneOutput(NamedTuple):
 
 
 def pyramid_indices(depth: int) -> tuple[int, int, int, int]:
-    """The four blocks that a pyramid reads by default: (3, 5, 7, 11) of 12, (7, 11, 15, 23) of 24, as unilm's."""
-    return depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1, depth - 1
+    """The four blocks that a pyramid reads by default: (3, 5, 7, 11) of 12, (7, 11, 15, 23) of 24, as unilm's.
+
+    Raises:
+        ValueError: fewer than four blocks.
+    """
+    if depth < PYRAMID_LEVELS:
+        raise ValueError(f'a pyramid reads {PYRAMID_LEVELS} blocks, the model has {depth}; name them by out_indices')
+    first, second, third = depth // 3 - 1, depth // 2 - 1, 2 * depth // 3 - 1
+    return first, max(second, first + 1), max(third, first + 2), depth - 1
 
 
 def resolve_stages(
@@ -44,6 +51,8 @@ def resolve_stages(
         ValueError: an index or name that the model does not have, or both given and not the same.
     """
     by_index = by_name = None
+    if out_indices in ((), []) or out_features in ((), []):
+        raise ValueError('out_indices and out_features must name at least one stage; leave them out for the last one')
     if out_indices is not None:
         indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
         wrong = [i for i in indices if not -depth <= i < depth]
@@ -112,12 +121,17 @@ class BeitBackbone(Beit):
         if not final_norm:
             self.norm = nn.Identity()
         self.fpn = FeaturePyramid(self.embed_dim, norm_layer=fpn_norm, device=device, dtype=dtype) if add_fpn else None
-        if self.fpn is not None:
-            patch = self.patch_embed.feat_ratio()
-            self.feature_info = [
-                dict(module=f'fpn.{i}', num_chs=self.embed_dim, reduction=int(patch / scale))
-                for i, scale in enumerate(self.fpn.rescales)
-            ]
+        self.feature_info = self._describe_features()
+
+    def _describe_features(self) -> list[dict[str, Any]]:
+        fpn = getattr(self, 'fpn', None)  # the encoder's constructor asks before there is one
+        if fpn is None:
+            return super()._describe_features()
+        patch = self.patch_embed.feat_ratio()
+        return [
+            dict(module=f'fpn.{i}', num_chs=self.embed_dim, reduction=int(patch / scale))
+            for i, scale in enumerate(fpn.rescales)
+        ]
 
     @property
     def out_channels(self) -> tuple[int, ...]:
@@ -165,5 +179,5 @@ class BeitBackbone(Beit):
         """Removes what the chosen maps do not need; the pyramid itself needs all four."""
         if self.fpn is None:
             return super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.blocks = self.blocks[: max(self.stages)]
+        del self.blocks[max(self.stages) :]
         return feature_take_indices(len(self.feature_info), indices)[0]

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import LayerNorm, trunc_normal_
-from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionBackend
 from .block import Block, activation
@@ -31,7 +31,8 @@ from .timm_interface import TimmInterface
 
 __all__ = ['VARIANTS', 'Beit', 'BeitOutput']
 
-# tiny and small: DeiT (arXiv:2012.12877) table 1; base and large with their layer scales: BEiT, section 3.1 and A
+# tiny and small: DeiT (arXiv:2012.12877) table 1; base and large: ViT (arXiv:2010.11929) table 1, with the layer
+# scales of the commands in unilm beit/README.md
 VARIANTS: dict[str, dict[str, Any]] = {
     'tiny': dict(embed_dim=192, depth=12, num_heads=3, init_values=0.1),
     'small': dict(embed_dim=384, depth=12, num_heads=6, init_values=0.1),
@@ -50,7 +51,7 @@ class BeitOutput(NamedTuple):
     grid: tuple[int, int]  # h, w
 
 
-class Beit(TimmInterface, nn.Module):
+class Beit(TimmInterface):
     """BEiT encoder and classifier.
 
     Args:
@@ -129,8 +130,6 @@ class Beit(TimmInterface, nn.Module):
             img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None, **dd
         )
         window_size = self.window_size
-        if min(window_size) < 1:
-            raise ValueError(f'img_size {img_size} is smaller than a patch of {patch_size} pixels')
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd)) if use_mask_token else None
         num_tokens = 1 + window_size[0] * window_size[1]
@@ -250,7 +249,8 @@ class Beit(TimmInterface, nn.Module):
         attentions = []
         for i, block in enumerate(self.blocks[:num_blocks]):
             args = (x, geometry, shared_bias, masks[i], output_attentions)
-            x, weights = checkpoint(block, *args) if self.grad_checkpointing and self.training else block(*args)
+            recompute = self.grad_checkpointing and self.training
+            x, weights = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             if i + 1 in wanted:
                 states[i + 1] = x
             if output_attentions:

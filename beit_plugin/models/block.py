@@ -20,10 +20,13 @@ __all__ = ['Block', 'activation']
 def activation(name: str | Callable) -> Callable[[], nn.Module]:
     """Makes an activation layer from ``gelu``, ``relu``, ``selu``, ``gelu_new``, timm's other names, or a callable."""
     if isinstance(name, str):
-        # gelu_new is the tanh approximation, in the words of transformers
-        layer = get_act_layer({'gelu_new': 'gelu_tanh'}.get(name, name)) if name else None
+        try:
+            # gelu_new is the tanh approximation, in the words of transformers
+            layer = get_act_layer({'gelu_new': 'gelu_tanh'}.get(name, name))
+        except KeyError:
+            layer = None
         if layer is None:
-            raise ValueError(f'act_layer must be an activation that timm knows (gelu, relu, ...), got {name!r}')
+            raise ValueError(f'act_layer must be an activation that timm knows (gelu, relu, selu, ...), got {name!r}')
         return layer
     return name if isinstance(name, type) else partial(_Function, name)
 

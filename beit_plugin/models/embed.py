@@ -20,8 +20,23 @@ class BeitPatchEmbed(PatchEmbed):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, flatten=False, strict_img_size=False, dynamic_img_pad=True, **kwargs)
 
+    def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], int]:
+        """Native size, its grid with the patches at the edges counted whole as ``forward`` does, and their number."""
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
+        ph, pw = self.patch_size
+        if height < ph or width < pw:
+            raise ValueError(f'img_size must be at least one {ph}x{pw} patch, got {img_size}')
+        grid = (height + ph - 1) // ph, (width + pw - 1) // pw
+        return (height, width), grid, grid[0] * grid[1]
+
     def forward(self, x: Tensor) -> Tensor:
-        """Arguments: x (B, in_chans, H, W), any H, W of at least one patch. Returns (B, h, w, C), h = ceil(H / patch).
+        """Images to a map of patches.
+
+        Args:
+            x: (B, in_chans, H, W), any H and W of at least one patch.
+
+        Returns:
+            (B, h, w, C) with h = ceil(H / patch) and w likewise.
 
         Raises:
             ValueError: not four dimensions, a wrong channel count, or a side smaller than a patch.

@@ -127,8 +127,12 @@ class FeaturePyramid(nn.Module):
         patch_h, patch_w = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         levels = []
         for rescale, x in zip(self.rescales, maps, strict=True):
-            name, factor, _ = _LEVELS[rescale]
-            x = getattr(self, name)(x)
+            name, factor, divisor = _LEVELS[rescale]
+            if divisor > 1 and not torch.compiler.is_compiling() and min(x.shape[2:]) < divisor:
+                # images of a single row or column of patches: pool what there is instead of failing
+                x = F.max_pool2d(x, (min(divisor, x.shape[2]), min(divisor, x.shape[3])))
+            else:
+                x = getattr(self, name)(x)
             # at and below the grid's own stride ceil(size / stride) is never less than what pooling leaves
             if image_size is not None and factor > 1:
                 x = _crop(x, -(-image_size[0] * factor // patch_h), -(-image_size[1] * factor // patch_w))

@@ -4,18 +4,16 @@ A mixin of ``Beit``, apart from it so that the encoder reads without them. Shape
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .embed import BeitPatchEmbed
 from .param_groups import no_weight_decay
 from .pyramid import tokens_to_map
-from .resample import resize_abs_pos_embed, resize_rel_pos_bias_table
-
-if TYPE_CHECKING:
-    from .beit import Beit
+from .resample import ResizeRule, resize_abs_pos_embed, resize_rel_pos_bias_table
 
 __all__ = ['TimmInterface']
 
@@ -28,11 +26,21 @@ def _check_pool(global_pool: str) -> str:
     return global_pool
 
 
-class TimmInterface:
-    """Head, features and bookkeeping; ``self`` is a ``Beit``."""
+class TimmInterface(nn.Module):
+    """Head, features and bookkeeping of ``Beit``, which brings what is only declared here."""
+
+    patch_embed: BeitPatchEmbed
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter | None
+    blocks: nn.ModuleList
+    embed_dim: int
+    num_prefix_tokens: int
+    window_size: tuple[int, int]
+    rel_pos_resize: ResizeRule
+    run_blocks: Callable[..., tuple[Tensor, tuple[int, int], dict[int, Tensor], list[Tensor]]]
 
     def _init_head(
-        self: 'Beit',
+        self,
         num_classes: int,
         global_pool: str,
         use_fc_norm: bool | None,
@@ -47,28 +55,29 @@ class TimmInterface:
         self.fc_norm = norm_layer(self.embed_dim, **dd) if use_fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [
-            dict(module=f'blocks.{i}', num_chs=self.embed_dim, reduction=reduction) for i in range(len(self.blocks))
-        ]
+        self.feature_info = self._describe_features()
 
-    def forward_features(self: 'Beit', x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+    def _describe_features(self) -> list[dict[str, Any]]:
+        common = dict(num_chs=self.embed_dim, reduction=self.patch_embed.feat_ratio())
+        return [dict(module=f'blocks.{i}', **common) for i in range(len(self.blocks))]
+
+    def forward_features(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         """Images (B, in_chans, H, W) to tokens (B, N, C), after the final norm if there is one."""
         return self.norm(self.run_blocks(x, bool_masked_pos)[0])
 
-    def forward_head(self: 'Beit', x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, C) to logits (B, num_classes), or to the pooled features (B, C)."""
         if self.global_pool:
             x = x[:, self.num_prefix_tokens :].mean(dim=1) if self.global_pool == 'avg' else x[:, 0]
         x = self.fc_norm(x)
         return x if pre_logits else self.head(self.head_drop(x))
 
-    def forward(self: 'Beit', x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(
-        self: 'Beit',
+        self,
         x: Tensor,
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
@@ -106,11 +115,11 @@ class TimmInterface:
         return features if intermediates_only else (self.norm(x), features)
 
     def prune_intermediate_layers(
-        self: 'Beit', indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Removes what the chosen intermediate outputs do not need; returns their 0-based block indices."""
         take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
+        del self.blocks[last + 1 :]
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
@@ -118,11 +127,11 @@ class TimmInterface:
             self.reset_classifier(0, '')
         return take
 
-    def get_classifier(self: 'Beit') -> nn.Module:
+    def get_classifier(self) -> nn.Module:
         """The final linear layer."""
         return self.head
 
-    def reset_classifier(self: 'Beit', num_classes: int, global_pool: str | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Gives the model a new, untrained classifier on its own device and in its own dtype; 0 classes for none."""
         if global_pool is not None:
             self.global_pool = _check_pool(global_pool)
@@ -134,7 +143,7 @@ class TimmInterface:
         self.head.train(self.training)
 
     def set_input_size(
-        self: 'Beit', img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
+        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
     ) -> None:
         """Changes the native size for good: resizes the stored patch kernel, positions and bias tables.
 
@@ -152,17 +161,16 @@ class TimmInterface:
                 if isinstance(table, nn.Parameter):
                     resized = resize_rel_pos_bias_table(table.detach(), old, new, self.rel_pos_resize)
                     owner.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
-        reduction = self.patch_embed.feat_ratio()
-        self.feature_info = [dict(info, reduction=reduction) for info in self.feature_info]
+        self.feature_info = self._describe_features()
         if hasattr(self, '_traits'):  # timm >= 1.0.28 reads the current input size there
             self._traits = dict(self._traits, img_size=tuple(self.patch_embed.img_size))
 
-    def set_grad_checkpointing(self: 'Beit', enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
-    def no_weight_decay(self: 'Beit') -> set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimisers must not decay; it leaves out those of one dimension by itself."""
         return no_weight_decay(self)
 
@@ -171,7 +179,7 @@ class TimmInterface:
         """Layer ids for timm's layer-wise learning rate decay: the rule of ``param_groups.layer_id``."""
         return dict(
             stem=r'^cls_token|^mask_token|^pos_embed|^patch_embed',
-            blocks=[(r'^blocks\.(\d+)', None), (r'^norm|^rel_pos_bias', (99999,))],
+            blocks=[(r'^(?:blocks|layers)\.(\d+)', None)],  # what matches nothing comes last, at the full rate
         )
 
     def init_non_persistent_buffers(self) -> None:

@@ -227,7 +227,6 @@ def test_deepcopy_runs_and_loads():
     assert torch.equal(twin(images(64, 64))[0], model(images(64, 64))[0])
 
 
-@pytest.mark.xfail(reason='the load_state_dict hook is a local function', raises=AttributeError, strict=True)
 def test_pickles():
     model = randomize(backbone()).eval()
     assert torch.equal(pickle.loads(pickle.dumps(model))(images(64, 64))[0], model(images(64, 64))[0])

@@ -162,7 +162,6 @@ def test_a_step_moves_every_parameter():
     assert still <= {'backbone.fpn.upsample_4x.0.bias'}  # batch norm takes its gradient away
 
 
-@pytest.mark.xfail(reason='base_wd is None and becomes the weight decay of the group', strict=True)
 def test_without_a_weight_decay_the_optimiser_keeps_its_own():
     model = Model(BEiTBackbone(**SMALL))
     wrapped = wrapper(model, 'BEiTLayerDecayConstructor', dict(type='AdamW', lr=LR))

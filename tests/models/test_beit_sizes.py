@@ -73,20 +73,21 @@ def test_native_size_is_untouched_by_other_sizes(form):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize('img_size, grid', [(40, (2, 2)), ((17, 31), (1, 1)), ((16, 160), (1, 10)), (64, (4, 4))])
+@pytest.mark.parametrize('img_size, grid', [(40, (3, 3)), ((17, 31), (2, 2)), ((16, 160), (1, 10)), (64, (4, 4))])
 @pytest.mark.parametrize('form', FORMS)
 def test_any_size_at_construction(img_size, grid, form):
     model = beit(img_size=img_size, **form)
-    assert model.window_size == grid  # whole patches, as every implementation counts them
+    assert model.window_size == grid  # patches at the edges count, as at run time
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     assert model(images(*size)).isfinite().all()
+    assert model.encode(images(*size), interpolate_pos_encoding=False).grid == grid  # the static path, nothing resized
 
 
 @pytest.mark.parametrize('patch', [8, (8, 16), (14, 10)])
 def test_other_patches(patch):
     model = beit(patch_size=patch)
     ph, pw = (patch, patch) if isinstance(patch, int) else patch
-    assert model.window_size == (48 // ph, 80 // pw)
+    assert model.window_size == (math.ceil(48 / ph), math.ceil(80 / pw))
     assert model.encode(images(50, 61)).grid == (math.ceil(50 / ph), math.ceil(61 / pw))
 
 
