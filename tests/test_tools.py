@@ -1,50 +1,23 @@
-"""The tools and configurations: the drawn data set, folders of users, and real runs through mmsegmentation's tools."""
+"""The drawn data set, the folders of users, the pictures and the configurations."""
 
 import json
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tools_common import ROOT, SHAPES_CONFIG, image_folder, width, write
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tools'))
-
-from data_folders import DataError, check_values, colours, detect, read_label  # noqa: E402
-from make_shapes import CLASSES, make_shapes  # noqa: E402
-from plot_run import plot_curve, read_scalars  # noqa: E402
+from data_folders import DataError, check_values, colours, detect, read_label  # isort: skip
+from make_shapes import CLASSES, make_shapes  # isort: skip
+from plot_run import plot_curve, read_scalars  # isort: skip
 
 CONFIGS = sorted((ROOT / 'configs').glob('seg/*.py'))
-SHAPES_CONFIG = ROOT / 'configs/seg/beit-tiny_upernet_shapes.py'
 
 
 def contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob('*')) if p.is_file()}
-
-
-def write(path: Path, array: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array.astype(np.uint8)).save(path)
-
-
-def width(path: Path) -> int:
-    with Image.open(path) as image:
-        return image.width
-
-
-def image_folder(root: Path, parts: tuple[str, ...], labels: str = 'annotations', values: tuple[int, ...] = (0, 1, 2),
-                 label_suffix: str = '.png', count: int = 5) -> None:
-    """Images of noise whose labels are vertical stripes of `values`."""
-    rng = np.random.default_rng(0)
-    for part in parts:
-        for i in range(count):
-            write(root / 'images' / part / f'{i}.jpg', rng.integers(0, 255, (40, 48, 3)))
-            stripes = np.repeat(np.array(values), -(-48 // len(values)))[:48]
-            write(root / labels / part / f'{i}{label_suffix}', np.tile(stripes, (40, 1)))
 
 
 class TestMakeShapes:
@@ -130,23 +103,33 @@ class TestFolders:
         assert (folders.classes, folders.reduce_zero_label) == (['cat', 'dog'], reduce_zero)
         assert len(folders.palette) == 2
 
-    @pytest.mark.parametrize(('change', 'sentence'), [
-        (lambda root: root.rename(root.with_name('moved')), 'does not exist'),
-        (lambda root: (root / 'images').rename(root / 'pictures'), 'has no folder images/'),
-        (lambda root: (root / 'annotations').rename(root / 'other'), 'has no labels: expected a folder annotations/'),
-        (lambda root: (root / 'annotations/val').rename(root / 'val'), 'annotations/val does not exist'),
-        (lambda root: [p.unlink() for p in (root / 'images/train').iterdir()], 'holds no images'),
-        (lambda root: (root / 'annotations/train/3.png').unlink(), '1 of 5 images have no label.*3.png is missing'),
-        (lambda root: (root / 'annotations/val/4.png').unlink(), '1 of 5 images have no label.*4.png is missing'),
-        (lambda root: (root / 'images/val/4.jpg').rename(root / 'images/val/4.png'), 'mixes .jpg and .png'),
-        (lambda root: write(root / 'annotations/val/2.png', np.zeros((4, 4, 3))), '2.png is a colour image'),
-        (lambda root: (root / 'annotations/val/2.png').write_bytes(b'no image'), '2.png cannot be read'),
-        (lambda root: (root / 'classes.json').write_text('{"classes": ["a", "b"], "reduce_zero_label": false}'),
-         '0.png has label 2, which is no class: expected 0 to 1'),
-        (lambda root: (root / 'classes.json').write_text('{"names": ["a"]}'), 'no list of names'),
-        (lambda root: (root / 'classes.json').write_text('{"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}'),
-         '3 classes but 1 colours'),
-    ])
+    @pytest.mark.parametrize(
+        ('change', 'sentence'),
+        [
+            (lambda root: root.rename(root.with_name('moved')), 'does not exist'),
+            (lambda root: (root / 'images').rename(root / 'pictures'), 'has no folder images/'),
+            (
+                lambda root: (root / 'annotations').rename(root / 'other'),
+                'has no labels: expected a folder annotations/',
+            ),
+            (lambda root: (root / 'annotations/val').rename(root / 'val'), 'annotations/val does not exist'),
+            (lambda root: [p.unlink() for p in (root / 'images/train').iterdir()], 'holds no images'),
+            (lambda root: (root / 'annotations/train/3.png').unlink(), '1 of 5 images have no label.*3.png is missing'),
+            (lambda root: (root / 'annotations/val/4.png').unlink(), '1 of 5 images have no label.*4.png is missing'),
+            (lambda root: (root / 'images/val/4.jpg').rename(root / 'images/val/4.png'), 'mixes .jpg and .png'),
+            (lambda root: write(root / 'annotations/val/2.png', np.zeros((4, 4, 3))), '2.png is a colour image'),
+            (lambda root: (root / 'annotations/val/2.png').write_bytes(b'no image'), '2.png cannot be read'),
+            (
+                lambda root: (root / 'classes.json').write_text('{"classes": ["a", "b"], "reduce_zero_label": false}'),
+                '0.png has label 2, which is no class: expected 0 to 1',
+            ),
+            (lambda root: (root / 'classes.json').write_text('{"names": ["a"]}'), 'no list of names'),
+            (
+                lambda root: (root / 'classes.json').write_text('{"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}'),
+                '3 classes but 1 colours',
+            ),
+        ],
+    )
     def test_one_sentence(self, tmp_path, change, sentence):
         root = tmp_path / 'data'
         image_folder(root, ('train', 'val'))
@@ -223,7 +206,10 @@ class TestConfigs:
         with pytest.warns(UserWarning, match='build_loss|avg_non_ignore'):
             model = MODELS.build(cfg.model)
         assert [type(part).__name__ for part in (model.backbone, model.neck, model.decode_head)] == [
-            'BEiTBackbone', 'BEiTPyramid', 'BEiTUPerHead']
+            'BEiTBackbone',
+            'BEiTPyramid',
+            'BEiTUPerHead',
+        ]
 
     def test_published_sizes(self):
         from mmengine.config import Config
@@ -234,14 +220,26 @@ class TestConfigs:
         assert large.optim_wrapper.accumulative_counts * large.train_dataloader.batch_size == 2
         assert large.param_scheduler[0].end == 3000 and large.train_cfg.val_interval == 16000
 
-    @pytest.mark.parametrize(('change', 'sentence'), [
-        (lambda root: root.rename(root.with_name('moved')), 'data root .* does not exist: give it by --data-root'),
-        (lambda root: (root / 'images').rename(root / 'pictures'), 'has no images: .*images/training does not exist'),
-        (lambda root: (root / 'annotations').rename(root / 'masks'), 'has no labels: .*annotations/training does not'),
-        (lambda root: [p.unlink() for p in (root / 'images/training').iterdir()], 'holds no [*].jpg images'),
-        (lambda root: (root / 'annotations/training/3.png').unlink(), '1 of 5 images have no label: .*3.png'),
-        (lambda root: write(root / 'annotations/training/3.png', np.full((4, 4), 9)), '3.png has label 9.* 1 to 7 and 0'),
-    ])
+    @pytest.mark.parametrize(
+        ('change', 'sentence'),
+        [
+            (lambda root: root.rename(root.with_name('moved')), 'data root .* does not exist: give it by --data-root'),
+            (
+                lambda root: (root / 'images').rename(root / 'pictures'),
+                'has no images: .*images/training does not exist',
+            ),
+            (
+                lambda root: (root / 'annotations').rename(root / 'masks'),
+                'has no labels: .*annotations/training does not',
+            ),
+            (lambda root: [p.unlink() for p in (root / 'images/training').iterdir()], 'holds no [*].jpg images'),
+            (lambda root: (root / 'annotations/training/3.png').unlink(), '1 of 5 images have no label: .*3.png'),
+            (
+                lambda root: write(root / 'annotations/training/3.png', np.full((4, 4), 9)),
+                '3.png has label 9.*1 to 7 and 0',
+            ),
+        ],
+    )
     def test_data_of_a_config(self, tmp_path, change, sentence):
         from mmengine.config import Config
         from run_common import check_data
@@ -263,84 +261,3 @@ class TestConfigs:
         cfg = Config.fromfile(ROOT / 'configs/seg/beit-base_upernet_camvid.py')
         loaders = (cfg.train_dataloader, cfg.val_dataloader)
         assert [check_data(loader.dataset) for loader in loaders] == [367, 101]
-
-
-ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-
-
-def run(script: Path | str, *args: object, cwd: Path, **env: str) -> str:
-    """Output of a script run by this interpreter; fails with it when the script does."""
-    done = subprocess.run([sys.executable, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300, env={**ENVIRONMENT, **env})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-SHORT = (
-    'train_cfg.max_iters=4',
-    'train_cfg.val_interval=2',
-    'default_hooks.checkpoint.interval=2',
-    'train_dataloader.batch_size=2',
-    'param_scheduler.0.end=1',
-    'param_scheduler.1.begin=1',
-    'param_scheduler.1.end=4',
-)
-
-
-class TestRuns:
-    def test_mmsegmentations_own_tools(self, tmp_path):
-        import mmseg
-
-        tools = Path(mmseg.__file__).parent / '.mim/tools'
-        data, work = tmp_path / 'shapes', tmp_path / 'work'
-        make_shapes(data, train=8, val=4)
-        env = {'SHAPES_ROOT': str(data)}
-        common = ('--work-dir', work, '--cfg-options', *SHORT)
-        run(tools / 'train.py', SHAPES_CONFIG, *common, cwd=tmp_path, **env)
-        resumed = run(tools / 'train.py', SHAPES_CONFIG, '--resume', *common, 'train_cfg.max_iters=6', cwd=tmp_path,
-                      **env)
-        assert 'resumed epoch: 0, iter: 4' in resumed
-        scores = []
-        for tta in ([], ['--tta']):
-            output = run(tools / 'test.py', SHAPES_CONFIG, work / 'iter_6.pth', '--work-dir', tmp_path / 'tested', *tta,
-                         cwd=tmp_path, **env)
-            scores.append(float(re.findall(r'mIoU: ([\d.]+)', output)[-1]))
-        assert all(0 < score < 100 for score in scores) and scores[0] != scores[1]
-
-    def test_our_tools(self, tmp_path):
-        image_folder(tmp_path / 'mine', ('',), 'masks')
-        work = tmp_path / 'work'
-        output = run(ROOT / 'tools/quickstart.py', '--data-root', 'mine', '--work-dir', work, '--cfg-options', *SHORT,
-                     cwd=tmp_path)
-        single, multi = re.fullmatch(r'mIoU single-scale ([\d.]+) multi-scale ([\d.]+)',
-                                     output.splitlines()[-1]).groups()
-        assert '4 training images, 1 validation images' in output and 'effective batch 2' in output
-        assert 'System environment' not in output and 'System environment' in next(work.glob('*/*.log')).read_text()
-        for name in ('curve.png', 'overlay.png'):
-            assert width(work / name) > 500
-
-        config = work / SHAPES_CONFIG.name  # the copy knows data, classes and options
-        tested = run(ROOT / 'tools/test.py', config, work / 'iter_4.pth', '--out', tmp_path / 'maps', cwd=tmp_path)
-        assert tested.splitlines()[-1].startswith(f'mIoU {float(single):.2f} (single-scale)')
-        assert len(list((tmp_path / 'maps').glob('*.png'))) == 1
-        trained = run(ROOT / 'tools/train.py', config, '--work-dir', work, '--resume', '--cfg-options',
-                      'train_cfg.max_iters=5', 'train_cfg.val_interval=1', cwd=tmp_path)
-        assert re.match(r'mIoU [\d.]+ after 5 iterations, checkpoint .*iter_5.pth', trained.splitlines()[-1])
-        assert float(multi) > 0
-
-    @pytest.mark.parametrize(('script', 'args', 'sentence'), [
-        ('train.py', ['no_such.py'], 'no_such.py does not exist'),
-        ('test.py', [SHAPES_CONFIG, 'no.pth'], 'the checkpoint no.pth does not exist'),
-        ('quickstart.py', ['--data-root', 'nowhere'], 'nowhere does not exist'),
-        ('plot_run.py', ['.'], 'no training log'),
-    ])
-    def test_one_sentence(self, tmp_path, script, args, sentence):
-        done = subprocess.run([sys.executable, ROOT / 'tools' / script, *args], cwd=tmp_path, capture_output=True,
-                              text=True, timeout=120, env=ENVIRONMENT)
-        assert done.returncode == 1
-        assert done.stderr.strip().startswith('error: ') and len(done.stderr.strip().splitlines()) == 1
-        assert sentence in done.stderr
-
-    @pytest.mark.parametrize('script', ['train.py', 'test.py', 'quickstart.py', 'plot_run.py', 'make_shapes.py'])
-    def test_help_has_an_example(self, script, tmp_path):
-        assert re.search('[Ee]xample', run(ROOT / 'tools' / script, '--help', cwd=tmp_path))

@@ -37,7 +37,7 @@ else
     PYTHON=.venv/bin/python
     stamp=.venv/installed-$extras
     wanted="$(cat pyproject.toml tools/_env.sh | cksum) $PWD $("$base" --version)"
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! "$PYTHON" -c 'import beit_plugin' 2>/dev/null; then
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || ! "$PYTHON" -c '' 2>/dev/null; then
         echo "Setting up .venv with beit-plugin[$extras]; this downloads PyTorch once and takes some minutes."
         make_environment "$base"
         "$PYTHON" -m pip install --quiet --editable ".[$extras]"

@@ -82,22 +82,25 @@ def check_values(found: dict[int, Path], num_classes: int, reduce_zero_label: bo
     wrong = sorted(set(found) - allowed)
     if wrong:
         zero = ' and 0 (ignored)' if reduce_zero_label else ''
-        raise DataError(f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
-                        f'{num_classes + first - 1}{zero} or {IGNORED} (ignored), and the labels also hold {wrong}.'
-                        if len(wrong) > 1 else
-                        f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
-                        f'{num_classes + first - 1}{zero} or {IGNORED} (ignored).')
+        raise DataError(
+            f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
+            f'{num_classes + first - 1}{zero} or {IGNORED} (ignored), and the labels also hold {wrong}.'
+            if len(wrong) > 1
+            else f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
+            f'{num_classes + first - 1}{zero} or {IGNORED} (ignored).'
+        )
 
 
 def _label_suffix(image_names: list[str], label_names: set[str], where: str) -> str:
     """What label files add to the image's name, such as `.png` or `_mask.png`."""
     stem = image_names[0]
-    candidates = {name[len(stem):] for name in label_names if name.startswith(stem)} or {'.png'}
+    candidates = {name[len(stem) :] for name in label_names if name.startswith(stem)} or {'.png'}
     lacking = {suffix: [n for n in image_names if n + suffix not in label_names] for suffix in sorted(candidates)}
     suffix, missing = min(lacking.items(), key=lambda item: len(item[1]))
     if missing:
-        raise DataError(f'{len(missing)} of {len(image_names)} images have no label in {where}: '
-                        f'{missing[0]}{suffix} is missing.')
+        raise DataError(
+            f'{len(missing)} of {len(image_names)} images have no label in {where}: {missing[0]}{suffix} is missing.'
+        )
     return suffix
 
 
@@ -138,9 +141,14 @@ def _classes(root: Path, found: dict[int, Path], ade_layout: bool) -> dict[str, 
         classes = [f'class {i}' for i in range(1 if reduce_zero else 0, largest + 1)]
         palette = colours(len(classes))
     if len(classes) < 2:
-        raise DataError(f'the labels of {root} hold {len(classes)} class(es), expected at least 2'
-                        + (', and label 0 counts as "other" in this layout: see reduce_zero_label in classes.json.'
-                           if reduce_zero else '.'))
+        raise DataError(
+            f'the labels of {root} hold {len(classes)} class(es), expected at least 2'
+            + (
+                ', and label 0 counts as "other" in this layout: see reduce_zero_label in classes.json.'
+                if reduce_zero
+                else '.'
+            )
+        )
     return {'classes': classes, 'palette': palette, 'reduce_zero_label': reduce_zero}
 
 
@@ -161,8 +169,10 @@ def detect(root: Path, seed: int = 0) -> Folders:
         raise DataError(f'the data root {root} has no folder images/.')
     label_folder = next((name for name in LABEL_FOLDERS if (root / name).is_dir()), None)
     if label_folder is None:
-        raise DataError(f'the data root {root} has no labels: expected a folder '
-                        f'{", ".join(name + "/" for name in LABEL_FOLDERS[:-1])} or {LABEL_FOLDERS[-1]}/.')
+        raise DataError(
+            f'the data root {root} has no labels: expected a folder '
+            f'{", ".join(name + "/" for name in LABEL_FOLDERS[:-1])} or {LABEL_FOLDERS[-1]}/.'
+        )
     split = next((pair for pair in SPLITS if all((root / 'images' / name).is_dir() for name in pair)), None)
     parts = [f'/{name}' for name in split] if split else ['']
 
@@ -179,11 +189,14 @@ def detect(root: Path, seed: int = 0) -> Folders:
     label_suffix = _label_suffix(image_names[parts[0]], label_names[parts[0]], str(root / f'{label_folder}{parts[0]}'))
     for part in parts[1:]:
         if missing := [name for name in image_names[part] if name + label_suffix not in label_names[part]]:
-            raise DataError(f'{len(missing)} of {len(image_names[part])} images have no label in '
-                            f'{root / label_folder}{part}: {missing[0]}{label_suffix} is missing.')
+            raise DataError(
+                f'{len(missing)} of {len(image_names[part])} images have no label in '
+                f'{root / label_folder}{part}: {missing[0]}{label_suffix} is missing.'
+            )
 
     found = label_values(
-        root / f'{label_folder}{part}' / (name + label_suffix) for part in parts for name in image_names[part])
+        root / f'{label_folder}{part}' / (name + label_suffix) for part in parts for name in image_names[part]
+    )
     names = dict(zip(('train', 'val'), image_names.values(), strict=False))
     if split is None:
         mixed = image_names['']
@@ -218,7 +231,8 @@ def use_folders(cfg: Any, folders: Folders, work_dir: Path) -> None:
             seg_map_suffix=folders.label_suffix,
             reduce_zero_label=folders.reduce_zero_label,
             metainfo=dict(classes=folders.classes, palette=folders.palette),
-            pipeline=loader.dataset.pipeline)
+            pipeline=loader.dataset.pipeline,
+        )
         if folders.split_by_us:
             work_dir.mkdir(parents=True, exist_ok=True)
             listing = (work_dir / f'{key}.txt').resolve()

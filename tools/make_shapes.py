@@ -159,8 +159,10 @@ def make_shapes(root: Path, seed: int = 0, train: int = 400, val: int = 80) -> b
     if manifest.is_file():
         found = json.loads(manifest.read_text())
         if found.get('recipe') != recipe:
-            raise SystemExit(f'{root} holds another data set ({found.get("recipe", "not made by this tool")}): '
-                             'give another folder, or remove it.')
+            raise SystemExit(
+                f'{root} holds another data set ({found.get("recipe", "not made by this tool")}): '
+                'give another folder, or remove it.'
+            )
         if found['sha256'] == checksum(root, names):
             return False
     elif root.is_dir() and any(root.iterdir()) and not started.is_file():
@@ -198,10 +200,17 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='Example: python tools/make_shapes.py data/shapes\n'
-               'The same seed and counts give the same bytes (with one version of NumPy and Pillow). Run again on a\n'
-               'complete set, it writes nothing; an interrupted or altered set is noticed and made anew.')
-    parser.add_argument('root', type=Path, nargs='?', default=Path('data/shapes'), metavar='DIR',
-                        help='folder to write (default: data/shapes)')
+        'The same seed and counts give the same bytes (with one version of NumPy and Pillow). Run again on a\n'
+        'complete set, it writes nothing; an interrupted or altered set is noticed and made anew.',
+    )
+    parser.add_argument(
+        'root',
+        type=Path,
+        nargs='?',
+        default=Path('data/shapes'),
+        metavar='DIR',
+        help='folder to write (default: data/shapes)',
+    )
     parser.add_argument('--seed', type=int, default=0, help='another seed is another set of scenes (default: 0)')
     parser.add_argument('--train', type=int, default=400, metavar='N', help='training images (default: 400)')
     parser.add_argument('--val', type=int, default=80, metavar='N', help='validation images (default: 80)')

@@ -86,8 +86,9 @@ def plot_overlay(cfg: Any, checkpoint: Path, count: int = 6) -> Path:
     chosen = [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)]
     palette = np.array(dataset.metainfo['palette'], np.uint8)
 
-    figure, axes = plt.subplots(len(chosen), 3, figsize=(8, 2.3 * len(chosen) + 0.8), squeeze=False,
-                                layout='constrained')
+    figure, axes = plt.subplots(
+        len(chosen), 3, figsize=(8, 2.3 * len(chosen) + 0.8), squeeze=False, layout='constrained'
+    )
     for row, pair in zip(axes, chosen, strict=True):
         with Image.open(pair['img_path']) as file:
             image = np.asarray(file.convert('RGB'))
@@ -116,10 +117,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='Example: python tools/plot_run.py work_dirs/beit-tiny_upernet_shapes --images 8')
+        epilog='Example: python tools/plot_run.py work_dirs/beit-tiny_upernet_shapes --images 8',
+    )
     parser.add_argument('work_dir', type=Path, metavar='WORK_DIR')
-    parser.add_argument('--images', type=int, default=6, metavar='N',
-                        help='validation images in the overlay (default: 6; 0: no overlay)')
+    parser.add_argument(
+        '--images',
+        type=int,
+        default=6,
+        metavar='N',
+        help='validation images in the overlay (default: 6; 0: no overlay)',
+    )
     args = parser.parse_args()
     print(plot_curve(args.work_dir))
     if args.images > 0:
@@ -127,8 +134,9 @@ def main() -> None:
 
         configs, last = sorted(args.work_dir.glob('*.py')), args.work_dir / 'last_checkpoint'
         if len(configs) != 1 or not last.is_file():
-            raise DataError(f'{args.work_dir} must hold one configuration and a checkpoint for the overlay: '
-                            'use --images 0.')
+            raise DataError(
+                f'{args.work_dir} must hold one configuration and a checkpoint for the overlay: use --images 0.'
+            )
         cfg = Config.fromfile(configs[0])
         cfg.work_dir = str(args.work_dir)
         print(plot_overlay(cfg, Path(last.read_text().strip()), args.images))

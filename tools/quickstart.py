@@ -36,12 +36,23 @@ def step(number: int, text: str) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--data-root', type=Path, metavar='DIR', help='your data; without it, shapes are drawn')
-    parser.add_argument('--work-dir', type=Path, default=REPOSITORY / 'work_dirs/quickstart', metavar='DIR',
-                        help='where everything goes (default: work_dirs/quickstart)')
-    parser.add_argument('--cfg-options', nargs='+', metavar='KEY=VALUE', default=[],
-                        help='override anything in the configuration, such as train_cfg.max_iters=2000')
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=REPOSITORY / 'work_dirs/quickstart',
+        metavar='DIR',
+        help='where everything goes (default: work_dirs/quickstart)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        metavar='KEY=VALUE',
+        default=[],
+        help='override anything in the configuration, such as train_cfg.max_iters=2000',
+    )
     return parser.parse_args()
 
 
@@ -57,8 +68,10 @@ def load_config(args: argparse.Namespace, work_dir: Path) -> Any:
     cfg.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
     zero = ', label 0 is ignored' if folders.reduce_zero_label else ''
     train, val = (len(folders.names[key]) for key in ('train', 'val'))
-    print(f'  {folders.root}: {train} training and {val} validation images, {len(folders.classes)} classes '
-          f'({", ".join(folders.classes)}){zero}')
+    print(
+        f'  {folders.root}: {train} training and {val} validation images, {len(folders.classes)} classes '
+        f'({", ".join(folders.classes)}){zero}'
+    )
     return cfg
 
 

@@ -59,11 +59,20 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that train and test share; they are those of mmsegmentation's tools, and --data-root."""
     from mmengine.config import DictAction
 
-    parser.add_argument('--data-root', type=Path, metavar='DIR',
-                        help='read the data of the configuration from here; the layout below stays')
+    parser.add_argument(
+        '--data-root',
+        type=Path,
+        metavar='DIR',
+        help='read the data of the configuration from here; the layout below stays',
+    )
     parser.add_argument('--work-dir', type=Path, metavar='DIR', help='default: work_dirs/ and the name of the CONFIG')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override anything in the configuration, such as train_dataloader.batch_size=8')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override anything in the configuration, such as train_dataloader.batch_size=8',
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
@@ -141,8 +150,10 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
     ]
     if 'training' in counts:
         batch = cfg.train_dataloader.batch_size * get_world_size() * cfg.optim_wrapper.get('accumulative_counts', 1)
-        lines.append(f'schedule    {cfg.train_cfg.max_iters} iterations, effective batch {batch}, '
-                     f'{cfg.optim_wrapper.type} {cfg.optim_wrapper.get("dtype", "")}'.rstrip())
+        lines.append(
+            f'schedule    {cfg.train_cfg.max_iters} iterations, effective batch {batch}, '
+            f'{cfg.optim_wrapper.type} {cfg.optim_wrapper.get("dtype", "")}'.rstrip()
+        )
     lines += [f'device      {device}, {get_world_size()} process(es)', f'output      {cfg.work_dir}']
     return '\n'.join(f'  {line}' for line in lines)
 

@@ -20,11 +20,17 @@ EXAMPLES = """examples:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', metavar='CONFIG')
     parser.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the work directory')
-    parser.add_argument('--amp', nargs='?', const='bfloat16', choices=['bfloat16', 'float16'],
-                        help='train in mixed precision on a GPU (default of the option: bfloat16)')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='bfloat16',
+        choices=['bfloat16', 'float16'],
+        help='train in mixed precision on a GPU (default of the option: bfloat16)',
+    )
     run_common.add_common_arguments(parser)
     return parser.parse_args()
 

@@ -4,12 +4,11 @@ custom_imports = dict(imports=['beit_plugin.mm'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
 env_cfg = dict(
-    cudnn_benchmark=True,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'))  # on CPU: --cfg-options env_cfg.dist_cfg.backend=gloo
+    cudnn_benchmark=True, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0), dist_cfg=dict(backend='nccl')
+)  # on CPU: --cfg-options env_cfg.dist_cfg.backend=gloo
 
-# named without device_ids: DDP then also takes models that live on the CPU
-model_wrapper_cfg = dict(type='MMDistributedDataParallel', broadcast_buffers=False, find_unused_parameters=False)
+# device_ids None lets DDP take models that live on the CPU as well; mmengine would fill in the local rank
+model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
@@ -17,7 +16,8 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'))
+    visualization=dict(type='SegVisualizationHook'),
+)
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')])

@@ -14,7 +14,8 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        size=(640, 640)),
+        size=(640, 640),
+    ),
     backbone=dict(
         type='BEiTBackbone',
         img_size=(640, 640),
@@ -27,7 +28,8 @@ model = dict(
         qv_bias=True,
         drop_path_rate=0.1,
         norm_cfg=dict(type='LN', eps=1e-6),
-        init_values=0.1),
+        init_values=0.1,
+    ),
     neck=dict(type='BEiTPyramid', embed_dim=768, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
     decode_head=dict(
         type='BEiTUPerHead',
@@ -39,7 +41,8 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+    ),
     auxiliary_head=dict(
         type='FCNHead',
         in_channels=768,
@@ -51,6 +54,8 @@ model = dict(
         num_classes=150,
         norm_cfg=norm_cfg,
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4)),
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
+    ),
     train_cfg=dict(),
-    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)))
+    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)),
+)

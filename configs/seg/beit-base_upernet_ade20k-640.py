@@ -13,15 +13,15 @@ Data      ADE20K_ROOT=.../ADEChallengeData2016, or --data-root
 
 _base_ = ['../_base_/upernet_beit.py', '../_base_/ade20k_640.py', '../_base_/runtime.py']
 
-model = dict(
-    backbone=dict(pretrained='{{$BEIT_BASE_WEIGHTS:pretrain/beit_base_patch16_224_pt22k_ft22k.pth}}'))
+model = dict(backbone=dict(pretrained='{{$BEIT_BASE_WEIGHTS:pretrain/beit_base_patch16_224_pt22k_ft22k.pth}}'))
 
 max_iters = 160000
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=3e-5, betas=(0.9, 0.999), weight_decay=0.05),
     constructor='BEiTLayerDecayConstructor',
-    paramwise_cfg=dict(num_layers=12, decay_rate=0.9))
+    paramwise_cfg=dict(num_layers=12, decay_rate=0.9),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=max_iters),

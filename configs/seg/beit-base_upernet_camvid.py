@@ -23,7 +23,8 @@ palette = dict(  # of SegNet-Tutorial, Scripts/test_segmentation_camvid.py
     fence=[64, 64, 128],
     car=[64, 0, 128],
     pedestrian=[64, 64, 0],
-    bicyclist=[0, 128, 192])
+    bicyclist=[0, 128, 192],
+)
 crop = (352, 352)
 scale = (1440, 360)  # long side at most, short side
 max_iters = 2400
@@ -33,7 +34,8 @@ model = dict(
     backbone=dict(img_size=crop),
     decode_head=dict(channels=512, num_classes=len(palette)),
     auxiliary_head=dict(num_classes=len(palette)),
-    test_cfg=dict(crop_size=crop, stride=(234, 234)))
+    test_cfg=dict(crop_size=crop, stride=(234, 234)),
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -62,32 +64,34 @@ tta_pipeline = [
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
-        ]),
+        ],
+    ),
 ]
 
 dataset = dict(
     type='BaseSegDataset',
     data_root=data_root,
     metainfo=dict(classes=list(palette), palette=list(palette.values())),
-    reduce_zero_label=False)
+    reduce_zero_label=False,
+)
 train_dataloader = dict(
     batch_size=16,
     num_workers=8,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
-        pipeline=train_pipeline))
+        **dataset, data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'), pipeline=train_pipeline
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        **dataset,
-        data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
-        pipeline=test_pipeline))
+        **dataset, data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'), pipeline=test_pipeline
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
@@ -96,7 +100,8 @@ optim_wrapper = dict(
     type='OptimWrapper',  # --amp: AmpOptimWrapper in bfloat16, which refuses a CPU
     optimizer=dict(type='AdamW', lr=3e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),  # from scratch: every layer at the full rate
-    clip_grad=dict(max_norm=3.0))
+    clip_grad=dict(max_norm=3.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=200),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=200, end=max_iters),

@@ -23,15 +23,16 @@ model = dict(
         num_heads=16,
         out_indices=(7, 11, 15, 23),
         drop_path_rate=0.2,
-        init_values=1e-6),  # replaced by the weights, which were trained from 1e-5
+        init_values=1e-6,
+    ),  # replaced by the weights, which were trained from 1e-5
     neck=dict(embed_dim=1024),
     decode_head=dict(in_channels=[1024, 1024, 1024, 1024], channels=1024),
-    auxiliary_head=dict(in_channels=1024))
+    auxiliary_head=dict(in_channels=1024),
+)
 
 train_dataloader = dict(batch_size=1)
 max_iters = 320000
-optim_wrapper = dict(
-    optimizer=dict(lr=2e-5), paramwise_cfg=dict(num_layers=24, decay_rate=0.95), accumulative_counts=2)
+optim_wrapper = dict(optimizer=dict(lr=2e-5), paramwise_cfg=dict(num_layers=24, decay_rate=0.95), accumulative_counts=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=3000),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=3000, end=max_iters),

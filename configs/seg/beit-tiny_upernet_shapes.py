@@ -27,11 +27,13 @@ model = dict(
         num_layers=4,
         num_heads=4,
         out_indices=(0, 1, 2, 3),
-        drop_path_rate=0.0),
+        drop_path_rate=0.0,
+    ),
     neck=dict(embed_dim=128, rescales=[2, 1, 0.5, 0.25]),
     decode_head=dict(in_channels=[128] * 4, channels=64, num_classes=len(classes)),
     auxiliary_head=dict(in_channels=128, channels=32, num_classes=len(classes)),
-    test_cfg=dict(crop_size=(size, size), stride=(64, 64)))  # slides at the size that the bias tables were trained at
+    test_cfg=dict(crop_size=(size, size), stride=(64, 64)),
+)  # slides at the size that the bias tables were trained at
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -59,14 +61,13 @@ tta_pipeline = [
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
-        ]),
+        ],
+    ),
 ]
 
 dataset = dict(
-    type='BaseSegDataset',
-    data_root=data_root,
-    metainfo=dict(classes=classes, palette=palette),
-    reduce_zero_label=True)
+    type='BaseSegDataset', data_root=data_root, metainfo=dict(classes=classes, palette=palette), reduce_zero_label=True
+)
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
@@ -75,7 +76,9 @@ train_dataloader = dict(
     dataset=dict(
         **dataset,
         data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=1,
@@ -84,7 +87,9 @@ val_dataloader = dict(
     dataset=dict(
         **dataset,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
@@ -94,7 +99,8 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05),
     constructor='BEiTLayerDecayConstructor',
     paramwise_cfg=dict(num_layers=4, decay_rate=1.0),  # nothing is pre-trained, so no layer is held back
-    clip_grad=dict(max_norm=3.0))
+    clip_grad=dict(max_norm=3.0),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=30),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=30, end=max_iters),

@@ -1,0 +1,145 @@
+"""Real runs, as a user starts them: mmsegmentation's own tools with our configurations, and ours."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tools_common import ROOT, SHAPES_CONFIG, image_folder, width
+
+from make_shapes import make_shapes  # isort: skip
+
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+
+
+def run(*args: object, cwd: Path, **env: str) -> str:
+    """Output of this interpreter with these arguments; fails with it when the script does."""
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**ENVIRONMENT, **env},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+SHORT = (
+    'train_cfg.max_iters=4',
+    'train_cfg.val_interval=2',
+    'default_hooks.checkpoint.interval=2',
+    'train_dataloader.batch_size=2',
+    'param_scheduler.0.end=1',
+    'param_scheduler.1.begin=1',
+    'param_scheduler.1.end=4',
+)
+
+
+class TestRuns:
+    def test_mmsegmentations_own_tools(self, tmp_path):
+        import mmseg
+
+        tools = Path(mmseg.__file__).parent / '.mim/tools'
+        data, work = tmp_path / 'shapes', tmp_path / 'work'
+        make_shapes(data, train=8, val=4)
+        env = {'SHAPES_ROOT': str(data)}
+        common = ('--work-dir', work, '--cfg-options', *SHORT)
+        two_processes = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+        run(
+            *two_processes,
+            tools / 'train.py',
+            SHAPES_CONFIG,
+            '--launcher',
+            'pytorch',
+            *common,
+            'env_cfg.dist_cfg.backend=gloo',
+            cwd=tmp_path,
+            **env,
+        )
+        resumed = run(
+            tools / 'train.py', SHAPES_CONFIG, '--resume', *common, 'train_cfg.max_iters=6', cwd=tmp_path, **env
+        )
+        assert 'resumed epoch: 0, iter: 4' in resumed
+        scores = []
+        for tta in ([], ['--tta']):
+            output = run(
+                tools / 'test.py',
+                SHAPES_CONFIG,
+                work / 'iter_6.pth',
+                '--work-dir',
+                tmp_path / 'tested',
+                *tta,
+                cwd=tmp_path,
+                **env,
+            )
+            scores.append(float(re.findall(r'mIoU: ([\d.]+)', output)[-1]))
+        assert all(0 < score < 100 for score in scores) and scores[0] != scores[1]
+
+    def test_our_tools(self, tmp_path):
+        image_folder(tmp_path / 'mine', ('',), 'masks')
+        work = tmp_path / 'work'
+        output = run(
+            ROOT / 'tools/quickstart.py',
+            '--data-root',
+            'mine',
+            '--work-dir',
+            work,
+            '--cfg-options',
+            *SHORT,
+            cwd=tmp_path,
+        )
+        single, multi = re.fullmatch(
+            r'mIoU single-scale ([\d.]+) multi-scale ([\d.]+)', output.splitlines()[-1]
+        ).groups()
+        assert '4 training images, 1 validation images' in output and 'effective batch 2' in output
+        assert 'System environment' not in output and 'System environment' in next(work.glob('*/*.log')).read_text()
+        for name in ('curve.png', 'overlay.png'):
+            assert width(work / name) > 500
+
+        config = work / SHAPES_CONFIG.name  # the copy knows data, classes and options
+        tested = run(ROOT / 'tools/test.py', config, work / 'iter_4.pth', '--out', tmp_path / 'maps', cwd=tmp_path)
+        assert tested.splitlines()[-1].startswith(f'mIoU {float(single):.2f} (single-scale)')
+        assert len(list((tmp_path / 'maps').glob('*.png'))) == 1
+        trained = run(
+            ROOT / 'tools/train.py',
+            config,
+            '--work-dir',
+            work,
+            '--resume',
+            '--cfg-options',
+            'train_cfg.max_iters=5',
+            'train_cfg.val_interval=1',
+            cwd=tmp_path,
+        )
+        assert re.match(r'mIoU [\d.]+ after 5 iterations, checkpoint .*iter_5.pth', trained.splitlines()[-1])
+        assert float(multi) > 0
+
+    @pytest.mark.parametrize(
+        ('script', 'args', 'sentence'),
+        [
+            ('train.py', ['no_such.py'], 'no_such.py does not exist'),
+            ('test.py', [SHAPES_CONFIG, 'no.pth'], 'the checkpoint no.pth does not exist'),
+            ('quickstart.py', ['--data-root', 'nowhere'], 'nowhere does not exist'),
+            ('plot_run.py', ['.'], 'no training log'),
+        ],
+    )
+    def test_one_sentence(self, tmp_path, script, args, sentence):
+        done = subprocess.run(
+            [sys.executable, ROOT / 'tools' / script, *args],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=ENVIRONMENT,
+        )
+        assert done.returncode == 1
+        assert done.stderr.strip().startswith('error: ') and len(done.stderr.strip().splitlines()) == 1
+        assert sentence in done.stderr
+
+    @pytest.mark.parametrize('script', ['train.py', 'test.py', 'quickstart.py', 'plot_run.py', 'make_shapes.py'])
+    def test_help_has_an_example(self, script, tmp_path):
+        assert re.search('[Ee]xample', run(ROOT / 'tools' / script, '--help', cwd=tmp_path))
