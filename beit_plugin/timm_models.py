@@ -10,6 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from .checkpoints.files import open_wrappers
 from .checkpoints.fit import accept_any_dialect, translate
 from .models.backbone import BeitBackbone, pyramid_indices
 from .models.beit import VARIANTS, Beit
@@ -102,8 +103,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     A norm that the file does not have keeps its initial values: pre-trained weights know the final norm of their own
     head only, so fine-tuning with mean pooling starts its norm anew, as the official code does.
     """
-    for wrapper in ('model', 'module', 'state_dict'):
-        state_dict = state_dict.get(wrapper, state_dict)
+    state_dict = open_wrappers(state_dict, 'the checkpoint')
     if not isinstance(model, Beit):
         return state_dict
     fitted, rest = translate(state_dict, model)

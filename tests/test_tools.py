@@ -117,6 +117,7 @@ class TestFolders:
             (lambda root: (root / 'annotations/train/3.png').unlink(), '1 of 5 images have no label.*3.png is missing'),
             (lambda root: (root / 'annotations/val/4.png').unlink(), '1 of 5 images have no label.*4.png is missing'),
             (lambda root: (root / 'images/val/4.jpg').rename(root / 'images/val/4.png'), 'mixes .jpg and .png'),
+            (lambda root: [p.rename(p.with_suffix('.png')) for p in (root / 'images/val').iterdir()], 'mixes'),
             (lambda root: write(root / 'annotations/val/2.png', np.zeros((4, 4, 3))), '2.png is a colour image'),
             (lambda root: (root / 'annotations/val/2.png').write_bytes(b'no image'), '2.png cannot be read'),
             (
@@ -140,7 +141,7 @@ class TestFolders:
 
     def test_one_class_is_not_enough(self, tmp_path):
         image_folder(tmp_path, ('training', 'validation'), values=(0, 1))
-        with pytest.raises(DataError, match='label 0 counts as "other" in this layout'):
+        with pytest.raises(DataError, match='label 0 counts as "other" here'):
             detect(tmp_path)
 
     def test_one_image_is_not_enough(self, tmp_path):
@@ -149,7 +150,7 @@ class TestFolders:
             detect(tmp_path)
 
     def test_all_wrong_values_are_named(self):
-        with pytest.raises(DataError, match=r'a.png has label 3.*expected 1 to 2 and 0 \(ignored\).*\[3, 9\]'):
+        with pytest.raises(DataError, match=r'a.png has label 3.*expected 1 to 2 and 0 \(ignored\).*also hold \[9\]'):
             check_values({0: Path('b.png'), 9: Path('c.png'), 3: Path('a.png'), 255: Path('a.png')}, 2, True)
 
     def test_colours_differ(self):

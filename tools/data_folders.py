@@ -82,32 +82,32 @@ def check_values(found: dict[int, Path], num_classes: int, reduce_zero_label: bo
     wrong = sorted(set(found) - allowed)
     if wrong:
         zero = ' and 0 (ignored)' if reduce_zero_label else ''
+        others = f'; the labels also hold {wrong[1:]}' if len(wrong) > 1 else ''
         raise DataError(
             f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
-            f'{num_classes + first - 1}{zero} or {IGNORED} (ignored), and the labels also hold {wrong}.'
-            if len(wrong) > 1
-            else f'{found[wrong[0]]} has label {wrong[0]}, which is no class: expected {first} to '
-            f'{num_classes + first - 1}{zero} or {IGNORED} (ignored).'
+            f'{num_classes + first - 1}{zero} or {IGNORED} (ignored){others}.'
         )
 
 
-def _label_suffix(image_names: list[str], label_names: set[str], where: str) -> str:
+def _label_suffix(image_names: list[str], label_names: set[str]) -> str:
     """What label files add to the image's name, such as `.png` or `_mask.png`."""
     stem = image_names[0]
     candidates = {name[len(stem) :] for name in label_names if name.startswith(stem)} or {'.png'}
-    lacking = {suffix: [n for n in image_names if n + suffix not in label_names] for suffix in sorted(candidates)}
-    suffix, missing = min(lacking.items(), key=lambda item: len(item[1]))
+    # of images 1 and 10, label 10.png also begins with 1: the ending that serves most images is the right one
+    return max(sorted(candidates), key=lambda suffix: sum(name + suffix in label_names for name in image_names))
+
+
+def _require_labels(image_names: list[str], label_names: set[str], suffix: str, where: Path) -> None:
+    missing = [name + suffix for name in image_names if name + suffix not in label_names]
     if missing:
-        raise DataError(
-            f'{len(missing)} of {len(image_names)} images have no label in {where}: {missing[0]}{suffix} is missing.'
-        )
-    return suffix
+        raise DataError(f'{len(missing)} of {len(image_names)} images have no label: {where / missing[0]} is missing.')
 
 
-def _one_suffix(names: list[str], folder: Path) -> str:
-    suffixes = {Path(name).suffix for name in names}
-    if not suffixes:
-        raise DataError(f'{folder} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
+def _one_suffix(files: dict[str, list[str]], folder: Path) -> str:
+    for part, names in files.items():
+        if not names:
+            raise DataError(f'{folder}{part} holds no images ({", ".join(sorted(IMAGE_SUFFIXES))}).')
+    suffixes = {Path(name).suffix for names in files.values() for name in names}
     if len(suffixes) > 1:
         raise DataError(f'{folder} mixes {" and ".join(sorted(suffixes))}: convert the images to one format.')
     return suffixes.pop()
@@ -141,14 +141,8 @@ def _classes(root: Path, found: dict[int, Path], ade_layout: bool) -> dict[str, 
         classes = [f'class {i}' for i in range(1 if reduce_zero else 0, largest + 1)]
         palette = colours(len(classes))
     if len(classes) < 2:
-        raise DataError(
-            f'the labels of {root} hold {len(classes)} class(es), expected at least 2'
-            + (
-                ', and label 0 counts as "other" in this layout: see reduce_zero_label in classes.json.'
-                if reduce_zero
-                else '.'
-            )
-        )
+        hint = '; label 0 counts as "other" here, see reduce_zero_label in classes.json' if reduce_zero else ''
+        raise DataError(f'the labels of {root} hold {len(classes)} class(es), expected at least 2{hint}.')
     return {'classes': classes, 'palette': palette, 'reduce_zero_label': reduce_zero}
 
 
@@ -176,23 +170,17 @@ def detect(root: Path, seed: int = 0) -> Folders:
     split = next((pair for pair in SPLITS if all((root / 'images' / name).is_dir() for name in pair)), None)
     parts = [f'/{name}' for name in split] if split else ['']
 
-    image_names: dict[str, list[str]] = {}
-    label_names: dict[str, set[str]] = {}
+    files = {part: _names(root / f'images{part}', IMAGE_SUFFIXES) for part in parts}
+    image_suffix = _one_suffix(files, root / 'images')
+    image_names = {part: [name.removesuffix(image_suffix) for name in files[part]] for part in parts}
+    label_suffix = ''
     for part in parts:
-        image_dir, label_dir = root / f'images{part}', root / f'{label_folder}{part}'
+        label_dir = root / f'{label_folder}{part}'
         if not label_dir.is_dir():
-            raise DataError(f'{image_dir} has no labels: {label_dir} does not exist.')
-        files = _names(image_dir, IMAGE_SUFFIXES)
-        image_suffix = _one_suffix(files, image_dir)
-        image_names[part] = [name.removesuffix(image_suffix) for name in files]
-        label_names[part] = set(_names(label_dir, IMAGE_SUFFIXES))
-    label_suffix = _label_suffix(image_names[parts[0]], label_names[parts[0]], str(root / f'{label_folder}{parts[0]}'))
-    for part in parts[1:]:
-        if missing := [name for name in image_names[part] if name + label_suffix not in label_names[part]]:
-            raise DataError(
-                f'{len(missing)} of {len(image_names[part])} images have no label in '
-                f'{root / label_folder}{part}: {missing[0]}{label_suffix} is missing.'
-            )
+            raise DataError(f'{root}/images{part} has no labels: {label_dir} does not exist.')
+        label_names = set(_names(label_dir, IMAGE_SUFFIXES))
+        label_suffix = label_suffix or _label_suffix(image_names[part], label_names)
+        _require_labels(image_names[part], label_names, label_suffix, label_dir)
 
     found = label_values(
         root / f'{label_folder}{part}' / (name + label_suffix) for part in parts for name in image_names[part]

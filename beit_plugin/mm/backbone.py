@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..checkpoints.convert import CheckpointError
+from ..checkpoints.files import open_wrappers, read_state_dict
 from ..checkpoints.fit import accept_any_dialect, strip_encoder_prefix
 from ..models.backbone import BeitBackbone
 from ..models.resample import ResizeRule
@@ -157,9 +158,10 @@ class BEiTBackbone(BeitBackbone):
         if init_cfg.get('type') != 'Pretrained':
             raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}")
         source = init_cfg['checkpoint']
-        loaded = CheckpointLoader.load_checkpoint(source, map_location='cpu')
-        for wrapper in ('model', 'module', 'state_dict'):
-            loaded = loaded.get(wrapper, loaded)
+        if '://' in source:  # mmengine knows the schemes
+            loaded = open_wrappers(CheckpointLoader.load_checkpoint(source, map_location='cpu'), source)
+        else:
+            loaded = read_state_dict(source)
         missing, unexpected = self.load_state_dict(strip_encoder_prefix(loaded), strict=False)
         missing = [name for name in missing if not name.startswith('fpn.')]  # encoders come without a pyramid
         if missing or unexpected:

@@ -4,8 +4,10 @@ custom_imports = dict(imports=['beit_plugin.mm'], allow_failed_imports=False)
 default_scope = 'mmseg'
 
 env_cfg = dict(
-    cudnn_benchmark=True, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0), dist_cfg=dict(backend='nccl')
-)  # on CPU: --cfg-options env_cfg.dist_cfg.backend=gloo
+    cudnn_benchmark=True,
+    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
+    dist_cfg=dict(backend='nccl'),  # on CPUs: --cfg-options env_cfg.dist_cfg.backend=gloo
+)
 
 # device_ids None lets DDP take models that live on the CPU as well; mmengine would fill in the local rank
 model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)

@@ -1,0 +1,115 @@
+"""Checkpoint files: what is read, what is refused and how, and that a failed write loses nothing."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from beit_plugin.checkpoints import files
+from beit_plugin.checkpoints.convert import CheckpointError
+from beit_plugin.checkpoints.files import open_wrappers, read_state_dict, write_state_dict
+
+STATE = {'a.weight': torch.randn(3, 5), 'a.bias': torch.randn(3, dtype=torch.float64), 'n': torch.tensor(7)}
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.path}',)
+
+
+def assert_same(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
+
+
+@pytest.mark.parametrize('name', ['x.safetensors', 'x.pth', 'x.bin'])
+def test_round_trip(tmp_path, name):
+    write_state_dict(STATE, tmp_path / name)
+    assert_same(read_state_dict(tmp_path / name), STATE)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_views_and_shared_tensors_are_written(tmp_path):
+    shared = torch.randn(4, 6)
+    write_state_dict({'a': shared, 'b': shared, 'c': shared.t()}, tmp_path / 'x.safetensors')
+    assert torch.equal(read_state_dict(tmp_path / 'x.safetensors')['c'], shared.t())
+
+
+@pytest.mark.parametrize(
+    'wrap', [lambda s: s, lambda s: {'model': s}, lambda s: {'state_dict': {'module': s}, 'epoch': 3}]
+)
+def test_wrappers_are_opened(tmp_path, wrap):
+    torch.save(wrap(STATE), tmp_path / 'x.pth')
+    assert_same(read_state_dict(tmp_path / 'x.pth'), STATE)
+
+
+@pytest.mark.parametrize(
+    'loaded, sentence', [([1], 'holds a list, not a state dict'), ({'epoch': 1}, 'no tensors by name')]
+)
+def test_no_state_dict(loaded, sentence):
+    with pytest.raises(CheckpointError, match=sentence):
+        open_wrappers(loaded, 'x.pth')
+
+
+def test_missing_and_empty(tmp_path):
+    with pytest.raises(CheckpointError, match='does not exist'):
+        read_state_dict(tmp_path / 'x.pth')
+    (tmp_path / 'x.pth').touch()
+    with pytest.raises(CheckpointError, match='is empty'):
+        read_state_dict(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('name', ['x.safetensors', 'x.pth'])
+@pytest.mark.parametrize('share', [0.02, 0.3, 0.9])
+def test_cut_off(tmp_path, name, share):
+    write_state_dict(STATE, tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: max(1, int(share * len(whole)))])
+    with pytest.raises(CheckpointError, match='is cut off or no'):
+        read_state_dict(tmp_path / name)
+
+
+HUGE_HEADER = b'\xff' * 7 + b'\x7f{}'  # a safetensors header of eight exbibytes
+
+
+@pytest.mark.parametrize('content', [b'hello', b'\x80\x02}q\x00.', b'\xff' * 100, HUGE_HEADER])
+@pytest.mark.parametrize('name', ['x.safetensors', 'x.pth'])
+def test_something_else(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize('save', [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
+def test_hostile_pickle_is_not_run(tmp_path, save):
+    save({'model': STATE['n'], 'evil': Hostile(tmp_path / 'ran')}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'would run code|no checkpoint file'):
+        read_state_dict(tmp_path / 'x.pth')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_whole_module_names_the_class(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'would run code when loaded \(torch.nn.modules.linear.Linear\)'):
+        read_state_dict(tmp_path / 'x.pth')
+
+
+@pytest.mark.parametrize('name', ['x.safetensors', 'x.pth'])
+def test_failed_write_keeps_the_old_file(tmp_path, name, monkeypatch):
+    write_state_dict(STATE, tmp_path / name)
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(files.os, 'fsync', full)
+    with pytest.raises(OSError, match='No space left'):
+        write_state_dict({'other': torch.zeros(1)}, tmp_path / name)
+    assert_same(read_state_dict(tmp_path / name), STATE)
+    assert os.listdir(tmp_path) == [name]
