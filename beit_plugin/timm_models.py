@@ -23,8 +23,8 @@ _logger = logging.getLogger(__name__)
 
 __all__: list[str] = []  # register_model appends the entry points
 
-V1 = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-V2 = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+V1: dict[str, Any] = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+V2: dict[str, Any] = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 
 
 def _cfg(hf_hub_id: str | None = None, size: int = 224, **kwargs: Any) -> dict[str, Any]:

@@ -143,3 +143,7 @@ class TestRuns:
     @pytest.mark.parametrize('script', ['train.py', 'test.py', 'quickstart.py', 'plot_run.py', 'make_shapes.py'])
     def test_help_has_an_example(self, script, tmp_path):
         assert re.search('[Ee]xample', run(ROOT / 'tools' / script, '--help', cwd=tmp_path))
+
+    def test_help_on_a_bare_machine(self, tmp_path):
+        bare = run('-S', ROOT / 'tools/quickstart.py', '--help', cwd=tmp_path)  # -S: no installed packages
+        assert 'bash tools/quickstart.sh --data-root DIR' in bare

@@ -7,6 +7,7 @@ the last checkpoint and the copy of the configuration that training left there.
 
 import argparse
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from data_folders import IGNORED, DataError, read_label
 from PIL import Image
 
 CURVE, OVERLAY = 'curve.png', 'overlay.png'
-OPACITY = 0.75
+OPACITY = 0.75  # of the class colours over the grey image
+COLUMN = 2.7  # inches
 
 
 def read_scalars(work_dir: Path) -> list[dict[str, float]]:
@@ -54,7 +56,7 @@ def plot_curve(work_dir: Path) -> Path:
         lines += right.plot(*zip(*scores, strict=True), color='tab:orange', marker='o', label='validation mIoU')
         right.set(ylabel='mIoU (%)', ylim=(0, 100))
         right.annotate(f'{scores[-1][1]:.1f}', scores[-1], (-6, 8), textcoords='offset points', ha='right')
-    axis.legend(handles=lines, loc='center right')
+    figure.legend(handles=lines, loc='outside lower center', ncols=2)
     axis.grid(alpha=0.3)
     figure.savefig(work_dir / CURVE, dpi=120)
     plt.close(figure)
@@ -86,25 +88,26 @@ def plot_overlay(cfg: Any, checkpoint: Path, count: int = 6) -> Path:
     chosen = [pairs[i] for i in np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(int)]
     palette = np.array(dataset.metainfo['palette'], np.uint8)
 
-    figure, axes = plt.subplots(
-        len(chosen), 3, figsize=(8, 2.3 * len(chosen) + 0.8), squeeze=False, layout='constrained'
-    )
-    for row, pair in zip(axes, chosen, strict=True):
+    rows = []
+    for pair in chosen:
         with Image.open(pair['img_path']) as file:
             image = np.asarray(file.convert('RGB'))
         truth = read_label(Path(pair['seg_map_path'])).astype(np.int64)
         if dataset.reduce_zero_label:
             truth = np.where((truth == 0) | (truth == IGNORED), IGNORED, truth - 1)
         prediction = inference_model(model, pair['img_path']).pred_sem_seg.data[0].cpu().numpy()
-        panels = (image, paint(image, truth, palette), paint(image, prediction, palette))
-        for axis, panel in zip(row, panels, strict=True):
-            axis.imshow(panel)
-            axis.axis('off')
+        rows.append((image, paint(image, truth, palette), paint(image, prediction, palette)))
+
+    tallest = max(image.shape[0] / image.shape[1] for image, *_ in rows)
+    size = (3 * COLUMN, min(1.2, tallest) * COLUMN * len(rows) + 1)
+    figure, axes = plt.subplots(len(rows), 3, figsize=size, squeeze=False, layout='constrained')
+    for axis, panel in zip(axes.flat, itertools.chain(*rows), strict=True):
+        axis.imshow(panel)
+        axis.axis('off')
     for axis, title in zip(axes[0], ('image', 'ground truth', 'prediction'), strict=True):
         axis.set_title(title)
     patches = [Patch(color=c / 255, label=n) for c, n in zip(palette, dataset.metainfo['classes'], strict=True)]
-    if dataset.reduce_zero_label:
-        patches.append(Patch(color='black', label='ignored'))
+    patches.append(Patch(color='black', label='ignored'))
     figure.legend(handles=patches, loc='outside lower center', ncols=min(6, len(patches)), fontsize='small')
     path = Path(cfg.work_dir) / OVERLAY
     figure.savefig(path, dpi=120)

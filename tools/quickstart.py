@@ -10,10 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import run_common
-from data_folders import detect, use_folders
-from make_shapes import make_shapes
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = REPOSITORY / 'configs/seg/beit-tiny_upernet_shapes.py'
 
@@ -58,6 +54,8 @@ def parse_args() -> argparse.Namespace:
 
 def load_config(args: argparse.Namespace, work_dir: Path) -> Any:
     """The quickstart's configuration on the data at hand."""
+    from data_folders import detect, use_folders
+
     folders = detect(args.data_root or REPOSITORY / 'data/shapes')
     from mmengine.config import Config, DictAction  # after the folders: what is wrong there is said at once
 
@@ -75,9 +73,11 @@ def load_config(args: argparse.Namespace, work_dir: Path) -> Any:
     return cfg
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
-    args = parse_args()
+    import run_common
+    from make_shapes import make_shapes
+
     run_common.require_mmseg()
     work_dir: Path = args.work_dir
 
@@ -106,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run_common.run(main)
+    arguments = parse_args()  # before the imports of third parties: --help works on a bare python
+    from run_common import run
+
+    run(lambda: main(arguments))

@@ -4,6 +4,7 @@
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case " $* " in *' --help '* | *' -h '*) BEIT_PLUGIN_PYTHON=python3 ;; esac  # help needs no environment
 source tools/_env.sh mmseg
 case $PYTHON in .venv/*) PYTHON=$PWD/$PYTHON ;; esac
 quickstart=$PWD/tools/quickstart.py

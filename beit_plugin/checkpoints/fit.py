@@ -66,7 +66,7 @@ def fit(native: StateDict, model: _Encoder) -> StateDict:
     if kernel is not None and kernel.ndim == 4 and tuple(kernel.shape[2:]) != patch:
         fitted['patch_embed.proj.weight'] = resample_patch_embed(kernel, list(patch))
     positions = fitted.get('pos_embed')
-    window = tuple(model.window_size)
+    window = model.window_size
     if positions is not None and positions.ndim == 3 and positions.shape[1] != 1 + window[0] * window[1]:
         side = isqrt(positions.shape[1] - 1)
         if side * side != positions.shape[1] - 1:

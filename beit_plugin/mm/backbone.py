@@ -5,7 +5,7 @@ inside, stage names, every checkpoint dialect, gradient checkpointing.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
@@ -134,7 +134,7 @@ class BEiTBackbone(BeitBackbone):
             fpn_norm=NormFactory(fpn_norm_cfg),
         )
         # mmsegmentation's layer decay constructors know blocks by this name only
-        self.layers = self._modules.pop('blocks')
+        self.layers = cast(nn.ModuleList, self._modules.pop('blocks'))
         self.set_grad_checkpointing(with_cp)
         self.norm_eval = norm_eval
         self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg

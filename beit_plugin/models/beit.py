@@ -15,7 +15,7 @@ Shapes: B batch, C channels, H W pixels, h w grid, N = 1 + h*w tokens, K heads, 
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import LayerNorm, trunc_normal_
@@ -186,10 +186,10 @@ class Beit(TimmInterface):
             for name, parameter in self.named_parameters():
                 if needs_reset and name.endswith(('q_bias', 'v_bias', 'relative_position_bias_table')):
                     parameter.zero_()
-            for i, block in enumerate(self.blocks, start=1):
-                if needs_reset and block.gamma_1 is not None:
-                    block.gamma_1.fill_(block.init_values)
-                    block.gamma_2.fill_(block.init_values)
+            for i, block in enumerate(cast(list[Block], self.blocks), start=1):
+                for gamma in (block.gamma_1, block.gamma_2):
+                    if needs_reset and gamma is not None:
+                        gamma.fill_(block.init_values or 0.0)
                 block.attn.proj.weight.div_((2.0 * i) ** 0.5)
                 block.mlp.fc2.weight.div_((2.0 * i) ** 0.5)
             if isinstance(self.head, nn.Linear) and self.head_init_scale:
@@ -290,7 +290,7 @@ class Beit(TimmInterface):
         return BeitOutput(x, pooled, tuple(states.values()), tuple(attentions), grid)
 
     def _head_masks(self, head_mask: Tensor | None) -> list[Tensor | None]:
-        depth, heads = len(self.blocks), self.blocks[0].attn.num_heads if len(self.blocks) else 0
+        depth, heads = len(self.blocks), cast(Block, self.blocks[0]).attn.num_heads if len(self.blocks) else 0
         if head_mask is None:
             return [None] * depth
         if tuple(head_mask.shape) not in ((heads,), (depth, heads)):

@@ -17,7 +17,7 @@ from .relative_position import BiasGeometry
 __all__ = ['Block', 'activation']
 
 
-def activation(name: str | Callable) -> Callable[[], nn.Module]:
+def activation(name: str | Callable) -> Callable[..., Any]:
     """Makes an activation layer from ``gelu``, ``relu``, ``selu``, ``gelu_new``, timm's other names, or a callable."""
     if isinstance(name, str):
         try:
@@ -60,7 +60,7 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         init_values: float | None = None,
-        act_layer: Callable[[], nn.Module] = nn.GELU,
+        act_layer: Callable[..., Any] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = LayerNorm,
         window_size: tuple[int, int] | None = None,
         attn_backend: AttentionBackend = 'auto',
@@ -74,7 +74,7 @@ class Block(nn.Module):
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         # the reference drops the output of the MLP only, not its hidden layer
-        self.mlp = Mlp(dim, round(dim * mlp_ratio), act_layer=act_layer, drop=(0.0, proj_drop), **dd)
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), act_layer=act_layer, drop=(0.0, proj_drop), **dd)  # type: ignore
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.init_values = init_values
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values, **dd)) if init_values else None

@@ -17,6 +17,10 @@ class BeitPatchEmbed(PatchEmbed):
     Padding is zero, the mean colour of a normalised image. The result is a map, so that its shape tells the grid.
     """
 
+    patch_size: tuple[int, int]
+    img_size: tuple[int, int]
+    grid_size: tuple[int, int]
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, flatten=False, strict_img_size=False, dynamic_img_pad=True, **kwargs)
 

@@ -169,12 +169,12 @@ class TimmInterface(nn.Module):
         """Recomputes each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimisers must not decay; it leaves out those of one dimension by itself."""
         return no_weight_decay(self)
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer ids for timm's layer-wise learning rate decay: the rule of ``param_groups.layer_id``."""
         return dict(
