@@ -5,8 +5,9 @@ Commands  CAMVID_ROOT=DIR python tools/train.py configs/seg/beit-base_upernet_ca
           CAMVID_ROOT=DIR python tools/test.py configs/seg/beit-base_upernet_camvid.py CHECKPOINT [--tta]
           (--data-root DIR does the same; without --amp it also runs on a CPU, in hours)
 Data      images/{train,val}/*.jpg, annotations/{train,val}/*.png; 367 + 101 images of 480 x 360, 11 classes, 255 void
-Hardware  one H200, at most 8 minutes of training
-Measured  see README
+Hardware  one H200: 3.5 minutes of training, 9.1 GB
+Measured  mIoU 56.16, 53.18, 55.14 single-scale, 54.33, 51.55, 53.07 multi-scale (seeds 0, 1, 2; --amp; torch 2.11,
+          2026-11-22); mmsegmentation's own BEiT, neck and head: 56.44, 54.88, 55.40
 """
 
 _base_ = ['../_base_/upernet_beit.py', '../_base_/runtime.py']
@@ -27,7 +28,7 @@ palette = dict(  # of SegNet-Tutorial, Scripts/test_segmentation_camvid.py
 )
 crop = (352, 352)
 scale = (1440, 360)  # long side at most, short side
-max_iters = 2400
+max_iters = 1200
 
 model = dict(
     data_preprocessor=dict(size=crop),
@@ -106,6 +107,6 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=200),
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=200, end=max_iters),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=300)
 default_hooks = dict(checkpoint=dict(interval=max_iters))
 randomness = dict(seed=0)
