@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .checkpoints.files import open_wrappers
 from .checkpoints.fit import accept_any_dialect, translate
-from .models.backbone import BeitBackbone, pyramid_indices
+from .models.backbone import BeitBackbone, pyramid_indices, resolve_stages
 from .models.beit import VARIANTS, Beit
 from .models.pyramid import FeaturePyramid
 from .models.segmentation_loss import SegmentationLoss
@@ -104,10 +104,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     head only, so fine-tuning with mean pooling starts its norm anew, as the official code does.
     """
     state_dict = open_wrappers(state_dict, 'the checkpoint')
-    if not isinstance(model, Beit):
-        return state_dict
-    fitted, rest = translate(state_dict, model)
     own = model.state_dict()
+    if isinstance(model, BeitSegmentor):
+        if any(name.startswith('decode_head.') for name in state_dict):
+            return state_dict
+        fitted, rest = translate(state_dict, model.backbone)
+        _logger.info('the heads and the pyramid are left at their initial values, for the file is an encoder')
+        heads = {name: own[name] for name in own if not name.startswith('backbone.')}
+        return {**heads, **{f'backbone.{name}': tensor for name, tensor in fitted.items()}, **rest}
+    fitted, rest = translate(state_dict, model)
     fresh = {name: own[name] for name in own if name.startswith(('norm.', 'fc_norm.')) and name not in fitted}
     if fresh:
         _logger.info('left at their initial values, for the file does not have them: %s', ', '.join(fresh))
@@ -117,6 +122,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
     args = {**VARIANTS[size], **model_args, **kwargs}
     taps = args.pop('out_indices', None)
+    if 'out_features' in args:
+        taps = [stage - 1 for stage in resolve_stages(args['depth'], taps, args.pop('out_features'))]
+        if -1 in taps:
+            raise ValueError("timm counts blocks, so 'stem' cannot be one of out_features here; use BeitBackbone")
+    output_fmt = 'NCHW' if args.pop('reshape_hidden_states', True) else 'NLC'
     add_fpn = args.pop('add_fpn', False)
     if add_fpn and not args.get('features_only', False):
         raise ValueError('add_fpn makes feature maps; it needs features_only=True')
@@ -133,7 +143,7 @@ def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'feature_cls': 'getter', 'out_indices': level_or_block},
+        feature_cfg={'feature_cls': 'getter', 'out_indices': level_or_block, 'output_fmt': output_fmt},
         **args,
     )
 
@@ -154,7 +164,6 @@ def _create_segmentor(variant: str, size: str, pretrained: bool, kwargs: dict[st
         auxiliary_loss_weight: float = 0.4,
         semantic_loss_ignore_index: int = 255,
         out_indices: tuple[int, ...] | None = None,
-        global_pool: str | None = None,  # timm passes one to every model
         **encoder_kwargs: Any,
     ) -> nn.Module:
         taps = pyramid_indices(encoder_kwargs['depth']) if out_indices is None else out_indices

@@ -2,12 +2,13 @@
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tools_common import ROOT, SHAPES_CONFIG, image_folder, width, write
+from tools_common import ROOT, SHAPES_CONFIG, cut, image_folder, turn, width, write, write16
 
 from data_folders import DataError, check_values, colours, detect, read_label  # isort: skip
 from make_shapes import CLASSES, make_shapes  # isort: skip
@@ -70,6 +71,8 @@ class TestMakeShapes:
         write(tmp_path / 'mine/photo.png', np.zeros((4, 4)))
         with pytest.raises(SystemExit, match='not made by this tool'):
             make_shapes(tmp_path / 'mine', train=2, val=1)
+        with pytest.raises(SystemExit, match='shapes cannot be written'):
+            make_shapes(tmp_path / 'mine/photo.png/shapes', train=2, val=1)
 
 
 class TestFolders:
@@ -120,14 +123,16 @@ class TestFolders:
             (lambda root: [p.rename(p.with_suffix('.png')) for p in (root / 'images/val').iterdir()], 'mixes'),
             (lambda root: write(root / 'annotations/val/2.png', np.zeros((4, 4, 3))), '2.png is a colour image'),
             (lambda root: (root / 'annotations/val/2.png').write_bytes(b'no image'), '2.png cannot be read'),
+            (lambda root: cut(root / 'images/val/2.jpg', 0.7), '2.jpg cannot be read as an image: .*truncated'),
             (
-                lambda root: (root / 'classes.json').write_text('{"classes": ["a", "b"], "reduce_zero_label": false}'),
-                '0.png has label 2, which is no class: expected 0 to 1',
+                lambda root: write(root / 'annotations/val/2.png', np.zeros((40, 44))),
+                '2.png is 44 x 40 pixels, but its image .*val/2.jpg is 48 x 40',
             ),
-            (lambda root: (root / 'classes.json').write_text('{"names": ["a"]}'), 'no list of names'),
+            (lambda root: turn(root / 'images/val/2.jpg'), '2.png is 48 x 40 pixels, but its image .*2.jpg is 40 x 48'),
+            (lambda root: write16(root / 'annotations/val/2.png', 256), '2.png has label 256: labels are 0 to 254'),
             (
-                lambda root: (root / 'classes.json').write_text('{"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}'),
-                '3 classes but 1 colours',
+                lambda root: [write(p, np.tile((0, 255), (40, 24))) for p in root.glob('annotations/*/*.png')],
+                'hold 0 and 255 alone, and 255 is ignored: write 1 for the object',
             ),
         ],
     )
@@ -138,6 +143,46 @@ class TestFolders:
         with pytest.raises(DataError, match=sentence) as caught:
             detect(root)
         assert '\n' not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ('content', 'sentence'),
+        [
+            ('{"classes": ["a", "b"], "reduce_zero_label": false}', '0.png has label 2, .*: expected 0 to 1'),
+            ('{"classes": ["a",', 'classes.json is not valid JSON'),
+            ('{"names": ["a"]}', 'no list of names'),
+            ('{"classes": "ab"}', 'no list of names'),
+            ('{"classes": ["a", "b", "c"], "palette": [[0, 0, 0]]}', '3 classes but 1 colours'),
+            ('{"classes": ["a"], "palette": [[0, 0, 256]]}', r'has \[0, 0, 256\] under "palette": a colour is a list'),
+            ('{"classes": ["a"], "palette": "red"}', "has 'red' under .palette."),
+            ('{"classes": ["a"], "reduce_zero_label": "no"}', "has 'no' under .reduce_zero_label."),
+        ],
+    )
+    def test_classes_file(self, tmp_path, content, sentence):
+        image_folder(tmp_path, ('train', 'val'))
+        (tmp_path / 'classes.json').write_text(content)
+        with pytest.raises(DataError, match=sentence) as caught:
+            detect(tmp_path)
+        assert '\n' not in str(caught.value)
+
+    def test_hidden_files_are_no_images(self, tmp_path):
+        image_folder(tmp_path, ('train', 'val'))
+        (tmp_path / 'images/train/._0.jpg').write_bytes(b'of macOS')
+        assert len(detect(tmp_path).names['train']) == 5
+
+    @pytest.mark.parametrize('name', [' 0', '0 ', '0\n1'])
+    def test_names_that_no_list_can_hold(self, tmp_path, name):
+        image_folder(tmp_path, ('',))
+        for folder, suffix in (('images', '.jpg'), ('annotations', '.png')):
+            (tmp_path / folder / f'0{suffix}').rename(tmp_path / folder / f'{name}{suffix}')
+        with pytest.raises(DataError, match='rename it'):
+            detect(tmp_path)
+
+    def test_values_of_16_bit_files(self, tmp_path):
+        write16(tmp_path / 'a.png', 255)
+        assert np.unique(read_label(tmp_path / 'a.png')).tolist() == [255]
+        Image.new('F', (48, 40)).save(tmp_path / 'a.tif')
+        with pytest.raises(DataError, match='holds float32 values'):
+            read_label(tmp_path / 'a.tif')
 
     def test_one_class_is_not_enough(self, tmp_path):
         image_folder(tmp_path, ('training', 'validation'), values=(0, 1))
@@ -236,7 +281,7 @@ class TestConfigs:
             (lambda root: [p.unlink() for p in (root / 'images/training').iterdir()], 'holds no [*].jpg images'),
             (lambda root: (root / 'annotations/training/3.png').unlink(), '1 of 5 images have no label: .*3.png'),
             (
-                lambda root: write(root / 'annotations/training/3.png', np.full((4, 4), 9)),
+                lambda root: write(root / 'annotations/training/3.png', np.full((40, 48), 9)),
                 '3.png has label 9.*1 to 7 and 0',
             ),
         ],
@@ -253,6 +298,20 @@ class TestConfigs:
         change(root)
         with pytest.raises(DataError, match=sentence):
             check_data(dataset)
+
+    def test_missing_weights(self):
+        from mmengine.config import Config
+        from run_common import check_pretrained
+
+        cfg = Config.fromfile(ROOT / 'configs/seg/beit-base_upernet_ade20k-640.py')
+        for file, sentence in (
+            ('no.pth', 'no.pth do not exist: name it by the environment variable BEIT_BASE_WEIGHTS or by --cfg-opt'),
+            (None, None),
+            ('https://host/weights.pth', None),
+        ):
+            cfg.model.backbone.pretrained = file
+            with pytest.raises(DataError, match=sentence) if sentence else nullcontext():
+                check_pretrained(cfg)
 
     @pytest.mark.skipif('CAMVID_ROOT' not in os.environ, reason='CAMVID_ROOT does not name a CamVid folder')
     def test_camvid_is_complete(self):

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tools_common import ROOT, SHAPES_CONFIG, image_folder, width
 
+from data_folders import DataError  # isort: skip
 from make_shapes import make_shapes  # isort: skip
 
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
@@ -104,6 +106,7 @@ class TestRuns:
         tested = run(ROOT / 'tools/test.py', config, work / 'iter_4.pth', '--out', tmp_path / 'maps', cwd=tmp_path)
         assert tested.splitlines()[-1].startswith(f'mIoU {float(single):.2f} (single-scale)')
         assert len(list((tmp_path / 'maps').glob('*.png'))) == 1
+        self.wrong_checkpoints(config, work / 'iter_4.pth', tmp_path)
         trained = run(
             ROOT / 'tools/train.py',
             config,
@@ -116,7 +119,41 @@ class TestRuns:
             cwd=tmp_path,
         )
         assert re.match(r'mIoU [\d.]+ after 5 iterations, checkpoint .*iter_5.pth', trained.splitlines()[-1])
+        again = run(ROOT / 'tools/test.py', config, work / 'iter_4.pth', cwd=tmp_path)  # the copy now says resume
+        assert tested.splitlines()[-1].split()[:2] == again.splitlines()[-1].split()[:2] and 'resume' not in again
         assert float(multi) > 0
+
+    @staticmethod
+    def wrong_checkpoints(config: Path, good: Path, folder: Path) -> None:
+        """Files that fit in part are refused, at one scale and with the augmentations around the model."""
+        from mmengine.config import Config
+        from run_common import evaluate
+
+        import beit_plugin.mm  # noqa: F401, lets torch read the checkpoint
+        from beit_plugin.checkpoints.files import read_state_dict
+
+        whole = read_state_dict(good)
+        wide = {name: torch.cat([p, p]) if name.endswith('conv_seg.bias') else p for name, p in whole.items()}
+        cfg = Config.fromfile(config)
+        cfg.work_dir = str(folder / 'refused')
+        for tta, state, sentence in (
+            (
+                False,
+                {n: p for n, p in whole.items() if n.startswith('backbone.')},
+                r'parameters are missing \(.*, [.]{3}',
+            ),
+            (
+                True,
+                {**whole, 'decode_head.more': torch.ones(1)},
+                r'1 parameters belong to no part .*\(decode_head.more\)',
+            ),
+            (True, wide, r'size mismatch for decode_head.conv_seg.bias.*\(and 1 more\)'),
+            (False, {'x': 1}, 'holds no tensors by name'),
+        ):
+            torch.save(state, folder / 'wrong.pth')
+            with pytest.raises(DataError, match=sentence) as caught:
+                evaluate(cfg, folder / 'wrong.pth', tta)
+            assert '\n' not in str(caught.value)
 
     @pytest.mark.parametrize(
         ('script', 'args', 'sentence'),
@@ -125,6 +162,14 @@ class TestRuns:
             ('test.py', [SHAPES_CONFIG, 'no.pth'], 'the checkpoint no.pth does not exist'),
             ('quickstart.py', ['--data-root', 'nowhere'], 'nowhere does not exist'),
             ('plot_run.py', ['.'], 'no training log'),
+            ('train.py', [SHAPES_CONFIG, '--cfg-options', 'foo'], "--cfg-options takes KEY=VALUE, got 'foo'"),
+            ('make_shapes.py', ['/dev/null/shapes'], '/dev/null/shapes cannot be written'),
+            pytest.param(
+                'train.py',
+                [SHAPES_CONFIG, '--amp'],
+                '--amp needs a GPU',
+                marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
+            ),
         ],
     )
     def test_one_sentence(self, tmp_path, script, args, sentence):

@@ -16,6 +16,22 @@ def write(path: Path, array: np.ndarray) -> None:
     Image.fromarray(array.astype(np.uint8)).save(path)
 
 
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def turn(path: Path) -> None:
+    """Says in the file's EXIF data that the camera was held upright."""
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6
+        image.save(path, exif=exif)
+
+
+def write16(path: Path, value: int) -> None:
+    Image.fromarray(np.full((40, 48), value, np.uint16)).save(path)
+
+
 def width(path: Path) -> int:
     with Image.open(path) as image:
         return image.width

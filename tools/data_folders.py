@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 LABEL_FOLDERS = ('annotations', 'labels', 'masks')
 SPLITS = (('training', 'validation'), ('train', 'val'))
 IMAGE_SUFFIXES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
-IGNORED = 255
+IGNORED = 255  # mmsegmentation reads labels as 8 bit, so no value lies above
 VAL_SHARE = 0.2
+EXIF_ORIENTATION = 0x0112  # 5 to 8: the image lies on its side
+# what Pillow raises for a damaged file; SyntaxError is its word for a broken PNG
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class DataError(Exception):
@@ -47,30 +50,64 @@ class Folders:
 
 
 def _names(folder: Path, suffixes: set[str]) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.suffix.lower() in suffixes)
+    files = (p for p in folder.rglob('*') if p.suffix.lower() in suffixes and not p.name.startswith('.'))  # macOS: ._x
+    return sorted(str(p.relative_to(folder)) for p in files)
 
 
 def read_label(path: Path) -> np.ndarray:
     """A label image as H, W class numbers.
 
     Raises:
-        DataError: not an image, or an image in colour.
+        DataError: not an image, in colour, or with values that are no 8 bit class numbers.
     """
     try:
         with Image.open(path) as file:
             label = np.asarray(file)
-    except (UnidentifiedImageError, OSError) as error:
+    except UNREADABLE as error:
         raise DataError(f'{path} cannot be read as a label image: {error}') from error
     if label.ndim != 2:
         raise DataError(f'{path} is a colour image of shape {label.shape}: labels have one channel of class numbers.')
+    if label.dtype.kind == 'f':
+        raise DataError(f'{path} holds {label.dtype} values: labels are integer class numbers.')
+    outside = label[(label < 0) | (label > IGNORED)] if label.dtype.itemsize > 1 else label[:0]
+    if outside.size:
+        raise DataError(f'{path} has label {outside[0]}: labels are 0 to {IGNORED - 1}, and {IGNORED} is ignored.')
     return label
 
 
-def label_values(paths: Iterable[Path]) -> dict[int, Path]:
-    """Every value in these labels, with the first file that has it."""
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image as training sees it, turned by its EXIF data; every byte is read.
+
+    Raises:
+        DataError: not an image, or a damaged one.
+    """
+    try:
+        with Image.open(path) as file:
+            width, height = file.size
+            turned = file.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            file.draft('L', (1, 1))  # a JPEG is decoded at an eighth of its size, which also meets its end
+            file.load()
+    except UNREADABLE as error:
+        raise DataError(f'{path} cannot be read as an image: {error}') from error
+    return (width, height) if turned else (height, width)
+
+
+def label_values(pairs: Iterable[tuple[Path, Path]]) -> dict[int, Path]:
+    """Every value in the labels of these pairs of image and label, with the first label that has it.
+
+    Raises:
+        DataError: a file cannot be read, or image and label differ in size.
+    """
     found: dict[int, Path] = {}
-    for path in paths:
-        for value in np.unique(read_label(path)):
+    for image, path in pairs:
+        label = read_label(path)
+        size = image_size(image)
+        if label.shape != size:
+            raise DataError(
+                f'{path} is {label.shape[1]} x {label.shape[0]} pixels, but its image {image} is {size[1]} x {size[0]} '
+                '(after its EXIF rotation): they must have one size.'
+            )
+        for value in np.unique(label):
             found.setdefault(int(value), path)
     return found
 
@@ -122,19 +159,44 @@ def colours(count: int) -> list[list[int]]:
     ]
 
 
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(type(c) is int and 0 <= c <= 255 for c in value)
+
+
+def _read_classes(file: Path) -> dict[str, Any]:
+    """What classes.json holds, each entry of the right type."""
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise DataError(f'{file} is not valid JSON: {error}') from error
+    if not isinstance(content, dict) or not isinstance(content.get('classes'), list) or not content['classes']:
+        raise DataError(f'{file} has no list of names under "classes".')
+    if not isinstance(content.get('reduce_zero_label', False), bool):
+        raise DataError(
+            f'{file} has {content["reduce_zero_label"]!r} under "reduce_zero_label": expected true or false.'
+        )
+    palette = content.get('palette', colours(len(content['classes'])))
+    wrong = [entry for entry in palette if not _is_colour(entry)] if isinstance(palette, list) else [palette]
+    if wrong:
+        raise DataError(f'{file} has {wrong[0]!r} under "palette": a colour is a list of three integers from 0 to 255.')
+    if len(palette) != len(content['classes']):
+        raise DataError(f'{file} has {len(content["classes"])} classes but {len(palette)} colours under "palette".')
+    return content
+
+
 def _classes(root: Path, found: dict[int, Path], ade_layout: bool) -> dict[str, Any]:
     """Names, palette and treatment of zero, from classes.json if there is one, else from the labels."""
     largest = max((value for value in found if value != IGNORED), default=-1)
+    if set(found) == {0, IGNORED}:
+        raise DataError(
+            f'the labels of {root} hold 0 and {IGNORED} alone, and {IGNORED} is ignored: write 1 for the object.'
+        )
     file = root / 'classes.json'
     if file.is_file():
-        content = json.loads(file.read_text())
-        if not isinstance(content, dict) or not content.get('classes'):
-            raise DataError(f'{file} has no list of names under "classes".')
+        content = _read_classes(file)
         classes = [str(name) for name in content['classes']]
         reduce_zero = content.get('reduce_zero_label', largest == len(classes))
         palette = content.get('palette', colours(len(classes)))
-        if len(palette) != len(classes):
-            raise DataError(f'{file} has {len(classes)} classes but {len(palette)} colours under "palette".')
         check_values(found, len(classes), reduce_zero)
     else:
         reduce_zero = ade_layout
@@ -183,13 +245,21 @@ def detect(root: Path, seed: int = 0) -> Folders:
         _require_labels(image_names[part], label_names, label_suffix, label_dir)
 
     found = label_values(
-        root / f'{label_folder}{part}' / (name + label_suffix) for part in parts for name in image_names[part]
+        (root / f'images{part}' / (name + image_suffix), root / f'{label_folder}{part}' / (name + label_suffix))
+        for part in parts
+        for name in image_names[part]
     )
     names = dict(zip(('train', 'val'), image_names.values(), strict=False))
     if split is None:
         mixed = image_names['']
         if len(mixed) < 2:
             raise DataError(f'{root} has one image, expected at least 2: one to train on and one to validate on.')
+        spaced = next((name for name in mixed if name != name.strip() or len(name.splitlines()) > 1), None)
+        if spaced is not None:
+            raise DataError(
+                f'{root}/images has an image named {spaced + image_suffix!r}: rename it, since a list of names cannot '
+                'hold spaces at the ends or line breaks.'
+            )
         random.Random(seed).shuffle(mixed)
         val = max(1, round(VAL_SHARE * len(mixed)))
         names = {'train': sorted(mixed[val:]), 'val': sorted(mixed[:val])}

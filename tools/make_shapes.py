@@ -150,7 +150,7 @@ def checksum(root: Path, names: list[str]) -> str:
 def make_shapes(root: Path, seed: int = 0, train: int = 400, val: int = 80) -> bool:
     """Write the set below `root` unless it is there already, complete and unaltered.
 
-    Returns True when files were written. Raises SystemExit when `root` holds something else.
+    Returns True when files were written. Raises SystemExit when `root` holds something else or cannot be written.
     """
     counts = dict(zip(SPLITS, (train, val), strict=True))
     recipe = {'tool': 'make_shapes', 'seed': seed, **counts}
@@ -160,16 +160,19 @@ def make_shapes(root: Path, seed: int = 0, train: int = 400, val: int = 80) -> b
         found = json.loads(manifest.read_text())
         if found.get('recipe') != recipe:
             raise SystemExit(
-                f'{root} holds another data set ({found.get("recipe", "not made by this tool")}): '
+                f'error: {root} holds another data set ({found.get("recipe", "not made by this tool")}): '
                 'give another folder, or remove it.'
             )
         if found['sha256'] == checksum(root, names):
             return False
     elif root.is_dir() and any(root.iterdir()) and not started.is_file():
-        raise SystemExit(f'{root} is not empty and was not made by this tool: give another folder.')
+        raise SystemExit(f'error: {root} is not empty and was not made by this tool: give another folder.')
 
-    root.mkdir(parents=True, exist_ok=True)
-    started.write_text(json.dumps(recipe))  # marks a half-written set as ours until the manifest is there
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        started.write_text(json.dumps(recipe))  # marks a half-written set as ours until the manifest is there
+    except OSError as error:
+        raise SystemExit(f'error: {root} cannot be written: {error.strerror}.') from error
     manifest.unlink(missing_ok=True)
     for folder in ('images', 'annotations'):
         for split in SPLITS:

@@ -55,12 +55,13 @@ def parse_args() -> argparse.Namespace:
 def load_config(args: argparse.Namespace, work_dir: Path) -> Any:
     """The quickstart's configuration on the data at hand."""
     from data_folders import detect, use_folders
+    from run_common import key_value
 
     folders = detect(args.data_root or REPOSITORY / 'data/shapes')
     from mmengine.config import Config, DictAction  # after the folders: what is wrong there is said at once
 
     options = argparse.ArgumentParser()
-    options.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
+    options.add_argument('--cfg-options', nargs='*', type=key_value, action=DictAction, default={})
     cfg = Config.fromfile(CONFIG)
     use_folders(cfg, folders, work_dir)
     cfg.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import io
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 from data_folders import DataError, check_values, label_values
 
-MAX_LABELS_CHECKED = 1000  # per data set, spread evenly: a second or so; training checks every label it meets
+MAX_LABELS_CHECKED = 1000  # per data set with their images, spread evenly: some seconds
 # mmengine opens with its whole environment, configuration and hooks; these stay in the log file
 CONSOLE_NOISE = (
     'System environment:',
@@ -55,6 +56,13 @@ def require_mmseg() -> None:
         raise DataError(f"{' and '.join(missing)} not installed: pip install 'beit-plugin[mmseg]'")
 
 
+def key_value(text: str) -> str:
+    """An argument of --cfg-options; raises DataError when it is none."""
+    if '=' not in text:
+        raise DataError(f'--cfg-options takes KEY=VALUE, got {text!r}.')
+    return text
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that train and test share; they are those of mmsegmentation's tools, and --data-root."""
     from mmengine.config import DictAction
@@ -69,6 +77,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
+        type=key_value,
         action=DictAction,
         metavar='KEY=VALUE',
         help='override anything in the configuration, such as train_dataloader.batch_size=8',
@@ -101,7 +110,7 @@ def check_data(dataset_cfg: Any) -> int:
     """Number of labelled images of a data set in `BaseSegDataset` style.
 
     Raises:
-        DataError: folders, images or labels are missing, or labels are outside the classes.
+        DataError: folders, images or labels are missing or damaged, or labels are outside the classes.
     """
     root = Path(dataset_cfg.get('data_root') or '.')
     if not root.is_dir():
@@ -119,9 +128,52 @@ def check_data(dataset_cfg: Any) -> int:
     if missing:
         raise DataError(f'{len(missing)} of {len(pairs)} images have no label: {missing[0]} is missing.')
     checked = pairs[:: -(-len(pairs) // MAX_LABELS_CHECKED)]
-    found = label_values(Path(pair['seg_map_path']) for pair in checked)
+    found = label_values((Path(pair['img_path']), Path(pair['seg_map_path'])) for pair in checked)
     check_values(found, len(dataset.metainfo['classes']), dataset.reduce_zero_label)
     return len(pairs)
+
+
+def check_pretrained(cfg: Any) -> None:
+    """Raises DataError when the weights that the backbone starts from are a file that is not there."""
+    file = cfg.model.backbone.get('pretrained')
+    if file is None or '://' in file or Path(file).is_file():
+        return
+    variable = re.search(r'pretrained=[\'"]{{\$(\w+)', Path(cfg.filename).read_text())
+    named = f'name it by the environment variable {variable[1]} or' if variable else 'name it'
+    raise DataError(
+        f'the pre-trained weights {file} do not exist: {named} by --cfg-options model.backbone.pretrained=FILE '
+        '(None: start from random weights).'
+    )
+
+
+def _inner(model: Any) -> Any:
+    """The segmentor without DDP and test-time augmentation around it."""
+    while hasattr(model, 'module'):
+        model = model.module
+    return model
+
+
+def _load(model: Any, checkpoint: Path) -> None:
+    """Load all parameters of the model from the file; raises DataError when it does not fit."""
+    from beit_plugin.checkpoints.convert import CheckpointError
+    from beit_plugin.checkpoints.files import read_state_dict
+
+    try:
+        state = {name.removeprefix('module.'): tensor for name, tensor in read_state_dict(checkpoint).items()}
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except CheckpointError as error:
+        raise DataError(f'{error}.') from error
+    except RuntimeError as error:
+        sizes = [line.strip() for line in str(error).splitlines()[1:]]  # below the headline, one line per parameter
+        more = f' (and {len(sizes) - 1} more)' if len(sizes) > 1 else ''
+        raise DataError(f'{checkpoint} does not fit the configuration: {sizes[0].rstrip(".")}{more}.') from error
+    parts = [
+        f'{len(names)} parameters {what} ({", ".join(names[:3])}{", ..." if len(names) > 3 else ""})'
+        for what, names in (('are missing', missing), ('belong to no part of the model', unexpected))
+        if names
+    ]
+    if parts:
+        raise DataError(f'{checkpoint} does not fit the configuration: {" and ".join(parts)}.')
 
 
 def _summary(runner: Any, counts: dict[str, int]) -> str:
@@ -130,9 +182,7 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
     from mmengine.dist import get_world_size
 
     cfg = runner.cfg
-    module = runner.model
-    while hasattr(module, 'module'):  # DDP, test-time augmentation
-        module = module.module
+    module = _inner(runner.model)
     parameters = sum(p.numel() for p in module.parameters()) / 1e6
     backbone, head = type(module.backbone).__name__, type(module.decode_head).__name__
     device = get_device()
@@ -176,6 +226,7 @@ def train(cfg: Any) -> tuple[Path, float | None]:
     """Train by mmengine's Runner; returns the last checkpoint and the last mIoU (None without validation)."""
     loaders = {'training': cfg.train_dataloader, 'validation': cfg.val_dataloader}
     counts = {name: check_data(loader.dataset) for name, loader in loaders.items()}
+    check_pretrained(cfg)
     runner = _start(cfg, counts)
     runner.train()
     checkpoint = Path(Path(cfg.work_dir, 'last_checkpoint').read_text().strip())
@@ -185,18 +236,23 @@ def train(cfg: Any) -> tuple[Path, float | None]:
 
 def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     """Metrics of a checkpoint on the test data, single-scale or with the configuration's augmentations (`tta`)."""
-    if not str(checkpoint).startswith(('http://', 'https://')) and not Path(checkpoint).is_file():
+    is_file = '://' not in str(checkpoint)
+    if is_file and not Path(checkpoint).is_file():
         raise DataError(f'the checkpoint {checkpoint} does not exist.')
     if tta and 'tta_pipeline' not in cfg:
         raise DataError('the configuration has no tta_pipeline, so --tta cannot run.')
     counts = {'test': check_data(cfg.test_dataloader.dataset)}
     cfg = copy.deepcopy(cfg)
-    cfg.load_from = str(checkpoint)
+    cfg.load_from = None if is_file else str(checkpoint)
+    cfg.resume = False  # the copy of a resumed run says True, and would fetch the latest checkpoint instead
     if tta:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
-    return _start(cfg, counts).test()
+    runner = _start(cfg, counts)
+    if is_file:
+        _load(_inner(runner.model), Path(checkpoint))  # mmengine would accept a file that fits in part or not at all
+    return runner.test()
 
 
 def run(main: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ import os
 import run_common
 
 EXAMPLES = """examples:
-  python tools/test.py configs/seg/beit-tiny_upernet_shapes.py work_dirs/beit-tiny_upernet_shapes/iter_800.pth
+  python tools/test.py configs/seg/beit-tiny_upernet_shapes.py work_dirs/beit-tiny_upernet_shapes/iter_400.pth
   python tools/test.py CONFIG CHECKPOINT --tta
   python tools/test.py CONFIG CHECKPOINT --out predictions      write the class maps as PNG
   python tools/test.py CONFIG CHECKPOINT --data-root DIR

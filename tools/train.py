@@ -8,6 +8,7 @@ import argparse
 import os
 
 import run_common
+from data_folders import DataError
 
 EXAMPLES = """examples:
   python tools/train.py configs/seg/beit-tiny_upernet_shapes.py
@@ -42,6 +43,10 @@ def main() -> None:
     cfg = run_common.load_config(args)
     cfg.resume = args.resume
     if args.amp:
+        from mmengine.device import get_device
+
+        if get_device() in ('cpu', 'mps'):  # mmengine's AmpOptimWrapper refuses both
+            raise DataError('--amp needs a GPU, and PyTorch finds none on this machine: leave it out.')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=args.amp)
     checkpoint, miou = run_common.train(cfg)
     if os.environ.get('RANK', '0') == '0':

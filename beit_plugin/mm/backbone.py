@@ -7,7 +7,9 @@ inside, stage names, every checkpoint dialect, gradient checkpointing.
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from mmcv.cnn import build_activation_layer
 from mmengine.logging import print_log
+from mmengine.model import initialize
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
@@ -30,12 +32,6 @@ def _layer_norm_eps(norm_cfg: dict[str, Any]) -> float:
     return norm_cfg.get('eps', 1e-5)  # the default of torch, which mmsegmentation's class uses
 
 
-def _activation_name(act_cfg: dict[str, Any]) -> str:
-    if set(act_cfg) != {'type'}:
-        raise ValueError(f"act_cfg must be dict(type=...) and nothing else, such as dict(type='GELU'), got {act_cfg}")
-    return act_cfg['type'].lower()
-
-
 @MODELS.register_module()
 class BEiTBackbone(BeitBackbone):
     """BEiT feature maps for necks and heads.
@@ -46,11 +42,12 @@ class BEiTBackbone(BeitBackbone):
             drop_path_rate, init_values: as mmsegmentation's ``BEiT``.
         qv_bias: learn biases of query and value.
         norm_cfg: ``dict(type='LN', eps=...)``.
-        act_cfg: ``dict(type='GELU')`` or another activation that timm knows.
+        act_cfg: ``dict(type='GELU')`` or another activation that mmcv knows, with its arguments.
         patch_norm, final_norm: LayerNorm after the patch embedding, after the last block.
         num_fcs: layers of the MLP; only 2.
         norm_eval: keep norm layers in eval mode while training.
-        pretrained, init_cfg: a checkpoint of any dialect, given the short or the long way.
+        pretrained, init_cfg: a checkpoint of any dialect, given the short or the long way; mmengine's other
+            initialisers work too.
         use_rel_pos_bias, use_shared_rel_pos_bias: bias tables of each layer, or one for all (not both).
         use_abs_pos_emb, use_mask_token, rel_pos_resize, attn_backend: as ``models.beit.Beit``.
         out_features, add_fpn, reshape_hidden_states: as ``models.backbone.BeitBackbone``.
@@ -82,7 +79,7 @@ class BEiTBackbone(BeitBackbone):
         norm_eval: bool = False,
         pretrained: str | None = None,
         init_values: float | None = 0.1,
-        init_cfg: dict[str, Any] | None = None,
+        init_cfg: dict[str, Any] | list[dict[str, Any]] | None = None,
         *,
         use_rel_pos_bias: bool = True,
         use_shared_rel_pos_bias: bool = False,
@@ -119,7 +116,6 @@ class BEiTBackbone(BeitBackbone):
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
             norm_eps=_layer_norm_eps(norm_cfg),
-            act_layer=_activation_name(act_cfg),
             patch_norm=patch_norm,
             final_norm=final_norm,
             init_values=init_values,
@@ -135,6 +131,8 @@ class BEiTBackbone(BeitBackbone):
         )
         # mmsegmentation's layer decay constructors know blocks by this name only
         self.layers = cast(nn.ModuleList, self._modules.pop('blocks'))
+        for block in self.layers:
+            block.mlp.act = build_activation_layer(act_cfg)
         self.set_grad_checkpointing(with_cp)
         self.norm_eval = norm_eval
         self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
@@ -153,16 +151,24 @@ class BEiTBackbone(BeitBackbone):
         """
         super().init_weights(needs_reset)
         init_cfg = getattr(self, 'init_cfg', None)  # the encoder's constructor initialises before there is one
-        if not init_cfg:
-            return
-        if init_cfg.get('type') != 'Pretrained':
-            raise ValueError(f"init_cfg must be dict(type='Pretrained', checkpoint=...), got {init_cfg}")
-        source = init_cfg['checkpoint']
+        for cfg in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []:
+            if cfg.get('type') != 'Pretrained':
+                initialize(self, cfg)
+            elif 'checkpoint' not in cfg:
+                raise ValueError(f"init_cfg of type 'Pretrained' needs checkpoint='FILE', got {cfg}")
+            else:
+                self._load_pretrained(cfg['checkpoint'])
+
+    def _load_pretrained(self, source: str) -> None:
         if '://' in source:  # mmengine knows the schemes
             loaded = open_wrappers(CheckpointLoader.load_checkpoint(source, map_location='cpu'), source)
         else:
             loaded = read_state_dict(source)
-        missing, unexpected = self.load_state_dict(strip_encoder_prefix(loaded), strict=False)
+        try:
+            encoder = strip_encoder_prefix(loaded)
+        except CheckpointError as error:
+            raise CheckpointError(f'{source}: {error}') from error
+        missing, unexpected = self.load_state_dict(encoder, strict=False)
         missing = [name for name in missing if not name.startswith('fpn.')]  # encoders come without a pyramid
         if missing or unexpected:
             raise CheckpointError(

@@ -15,17 +15,22 @@ SYNC_BN: Mapping[str, Any] = {'type': 'SyncBN', 'requires_grad': True}
 
 
 @MODELS.register_module()
-class BEiTSyncBN(nn.SyncBatchNorm):
+class BEiTSyncBN(_BatchNorm):
     """Batch norm with statistics over all processes, that CPU tensors pass too.
 
-    torch's own refuses CPU tensors in training as soon as a process group exists, and works without a group. On the
-    CPU each process normalises with its own statistics, as plain batch norm under DDP does.
+    torch's own refuses CPU tensors in training as soon as a process group exists, and DDP refuses CPU models that hold
+    one; so this is none of its subclasses but borrows what it does on other devices. On the CPU each process normalises
+    with its own statistics, as plain batch norm under DDP does.
     """
+
+    process_group = None  # all processes
+    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor) -> Tensor:
         if input.device.type == 'cpu':
-            return _BatchNorm.forward(self, input)
-        return super().forward(input)
+            return super().forward(input)
+        return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
 
 
 class NormFactory:

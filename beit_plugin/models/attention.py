@@ -97,7 +97,7 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f'embed_dim must be a multiple of num_heads, got {dim} and {num_heads} heads')
         if backend not in ATTENTION_BACKENDS:
             raise ValueError(f"attn_backend must be one of {', '.join(ATTENTION_BACKENDS)}, got {backend!r}")
@@ -138,7 +138,7 @@ class Attention(nn.Module):
         qkv_bias = None
         if self.q_bias is not None and self.v_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # 3*C
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, -1)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, K, N, D
 
         bias = shared_bias

@@ -62,6 +62,7 @@ def resolve_stages(
             )
         by_index = tuple(i % depth + 1 for i in indices)
     if out_features is not None:
+        out_features = (out_features,) if isinstance(out_features, str) else out_features
         names = {'stem': 0} | {f'stage{i}': i for i in range(1, depth + 1)}
         wrong = [name for name in out_features if name not in names]
         if wrong:
@@ -82,8 +83,8 @@ class BeitBackbone(Beit):
         out_indices: 0-based blocks whose outputs to return; negative from the end; the last by default, with
             ``add_fpn`` those of ``pyramid_indices``.
         out_features: the same by stage name: ``stem``, ``stage1``, ...
-        add_fpn: turn exactly four outputs into maps of 4, 2, 1 and 0.5 times the grid (strides 4, 8, 16, 32 at
-            patch 16).
+        add_fpn: turn exactly four outputs into maps of strides 4, 8, 16 and 32 pixels, for patches of 16 or 8; for
+            others into maps of 4, 2, 1 and 0.5 times the grid.
         reshape_hidden_states: return maps (B, C, h, w); False gives token sequences (B, N, C) with [CLS], as
             transformers does.
         final_norm: normalise the output of the last block.
@@ -120,7 +121,10 @@ class BeitBackbone(Beit):
         self.reshape_hidden_states = reshape_hidden_states
         if not final_norm:
             self.norm = nn.Identity()
-        self.fpn = FeaturePyramid(self.embed_dim, norm_layer=fpn_norm, device=device, dtype=dtype) if add_fpn else None
+        self.fpn = None
+        if add_fpn:
+            rescales = (2, 1, 0.5, 0.25) if self.patch_embed.feat_ratio() == 8 else (4, 2, 1, 0.5)
+            self.fpn = FeaturePyramid(self.embed_dim, rescales, fpn_norm, device=device, dtype=dtype)
         self.feature_info = self._describe_features()
 
     def _describe_features(self) -> list[dict[str, Any]]:

@@ -117,6 +117,9 @@ class Beit(TimmInterface):
     ) -> None:
         super().__init__()
         check_rule(rel_pos_resize)
+        rates = (drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate)
+        if in_chans < 1 or not all(0 <= rate < 1 for rate in rates):
+            raise ValueError(f'in_chans must be above 0 and drop rates at least 0 and below 1, got {in_chans}, {rates}')
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         norm_layer = partial(LayerNorm, eps=norm_eps)
         self.in_chans = in_chans
@@ -293,6 +296,8 @@ class Beit(TimmInterface):
         depth, heads = len(self.blocks), cast(Block, self.blocks[0]).attn.num_heads if len(self.blocks) else 0
         if head_mask is None:
             return [None] * depth
+        if not isinstance(head_mask, Tensor):
+            raise ValueError(f'head_mask must be a torch tensor, got {type(head_mask).__name__}; use torch.as_tensor')
         if tuple(head_mask.shape) not in ((heads,), (depth, heads)):
             raise ValueError(
                 f'head_mask must have shape ({heads},) or ({depth}, {heads}), got {tuple(head_mask.shape)}'

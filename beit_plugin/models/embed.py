@@ -48,7 +48,7 @@ class BeitPatchEmbed(PatchEmbed):
         if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f'expected images of shape (B, {self.proj.in_channels}, H, W), got {tuple(x.shape)}; '
-                'convert the images, or build the model with in_chans set to their channel count'
+                'convert the images, or build the model with in_chans (in_channels in OpenMMLab) for their channel count'
             )
         H, W = x.shape[2:]
         ph, pw = self.patch_size
@@ -73,6 +73,8 @@ def check_mask(mask: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:
         ValueError: another shape or dtype.
     """
     h, w = grid
+    if not isinstance(mask, Tensor):
+        raise ValueError(f'bool_masked_pos must be a torch tensor, got {type(mask).__name__}; use torch.as_tensor')
     if mask.dtype != torch.bool:
         raise ValueError(f'bool_masked_pos must have dtype torch.bool, got {mask.dtype}; convert it with mask.bool()')
     if tuple(mask.shape) not in ((batch, h * w), (batch, h, w)):

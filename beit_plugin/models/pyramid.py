@@ -128,7 +128,8 @@ class FeaturePyramid(nn.Module):
         levels = []
         for rescale, x in zip(self.rescales, maps, strict=True):
             name, factor, divisor = _LEVELS[rescale]
-            if divisor > 1 and not torch.compiler.is_compiling() and min(x.shape[2:]) < divisor:
+            free_size = isinstance(x.shape[2], torch.SymInt) or isinstance(x.shape[3], torch.SymInt)  # exporting
+            if divisor > 1 and not free_size and min(x.shape[2:]) < divisor:
                 # images of a single row or column of patches: pool what there is instead of failing
                 x = F.max_pool2d(x, (min(divisor, x.shape[2]), min(divisor, x.shape[3])))
             else:

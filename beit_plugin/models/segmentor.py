@@ -5,10 +5,11 @@ differences: the encoder decides which blocks are tapped, and images of any size
 the caller. Legend: B batch, H W pixels.
 """
 
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor, nn
 
+from .backbone import BeitBackbone
 from .pyramid import FeaturePyramid
 from .segmentation_loss import SegmentationLoss
 from .upernet import FCNHead, UPerNetHead
@@ -31,7 +32,7 @@ class BeitSegmentor(nn.Module):
     def __init__(
         self,
         *,
-        backbone: nn.Module,
+        backbone: BeitBackbone,
         pyramid: FeaturePyramid,
         decode_head: UPerNetHead,
         auxiliary_head: FCNHead | None = None,
@@ -53,19 +54,65 @@ class BeitSegmentor(nn.Module):
         """Number of classes of the decode head."""
         return self.decode_head.conv_seg.out_channels
 
+    # what timm's optimiser factories and trainers ask of a model: it concerns the encoder or the last convolution
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Of the encoder's blocks."""
+        return self.backbone.feature_info
+
     def get_classifier(self) -> nn.Module:
-        """The last convolution of the decode head, as timm's trainers ask for it."""
+        """The last convolution of the decode head."""
         return self.decode_head.conv_seg
 
-    def reset_classifier(self, num_classes: int) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give both heads a fresh last convolution.
 
         Args:
             num_classes: new number of classes, at least 1.
+            global_pool: only None or empty; a segmentor pools nothing.
+
+        Raises:
+            ValueError: another pooling.
         """
+        if global_pool:
+            raise ValueError(f'a segmentor pools nothing, so global_pool must be left out, got {global_pool!r}')
         self.decode_head.reset_classifier(num_classes)
         if self.auxiliary_head is not None:
             self.auxiliary_head.reset_classifier(num_classes)
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Change the encoder's native size for good; see `TimmInterface.set_input_size`."""
+        self.backbone.set_input_size(img_size, patch_size)
+        self.patch_size = self.backbone.patch_embed.patch_size
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the encoder's blocks in the backward pass instead of keeping their activations."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """The encoder's parameters that are not decayed."""
+        return {f'backbone.{name}' for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer ids of the encoder for layer-wise learning rate decay; the heads come after all of it."""
+        stem = r'^backbone\.(?:cls_token|mask_token|pos_embed|patch_embed)'
+        return dict(stem=stem, blocks=[(r'^backbone\.blocks\.(\d+)', None)])
+
+    def init_non_persistent_buffers(self) -> None:
+        """There are none; timm calls this after it has filled a model made on the meta device."""
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Outputs of chosen blocks of the encoder; see `TimmInterface.forward_intermediates`."""
+        return self.backbone.forward_intermediates(x, *args, **kwargs)
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, channels, H, W) to the four levels of the pyramid."""
+        return self.pyramid(self.backbone(x), tuple(x.shape[-2:]), self.patch_size)
+
+    def forward_head(self, levels: tuple[Tensor, ...]) -> Tensor:
+        """Levels of the pyramid to logits (B, classes, h, w)."""
+        return self.decode_head(levels)
 
     @overload
     def forward(self, pixel_values: Tensor, labels: None = None) -> Tensor: ...
@@ -86,9 +133,8 @@ class BeitSegmentor(nn.Module):
         Raises:
             ValueError: see `FeaturePyramid`, `UPerNetHead` and `SegmentationLoss`.
         """
-        height, width = pixel_values.shape[-2:]
-        levels = self.pyramid(self.backbone(pixel_values), (height, width), self.patch_size)
-        logits = self.decode_head(levels)
+        levels = self.forward_features(pixel_values)
+        logits = self.forward_head(levels)
         if labels is None:
             return logits
         auxiliary = None if self.auxiliary_head is None else self.auxiliary_head(levels[self.auxiliary_index])

@@ -195,8 +195,22 @@ def test_pretrained_is_strict(tmp_path):
     torch.save({**state, 'layers.0.gamma_1': torch.ones(5)}, path)
     with pytest.raises(RuntimeError, match=r'size mismatch for layers\.0\.gamma_1'):
         model.init_weights()
-    with pytest.raises(ValueError, match=r"init_cfg must be dict\(type='Pretrained', checkpoint=...\), got"):
-        backbone(init_cfg=dict(type='TruncNormal')).init_weights()
+    with pytest.raises(ValueError, match=r"init_cfg of type 'Pretrained' needs checkpoint='FILE'"):
+        backbone(init_cfg=dict(type='Pretrained')).init_weights()
+    (path.parent / 'cut.pth').write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r'cut\.pth is cut off'):
+        backbone(init_cfg=dict(type='Pretrained', checkpoint=str(path.parent / 'cut.pth'))).init_weights()
+
+
+def test_other_initialisers():
+    model = backbone(init_cfg=[dict(type='Constant', layer='Linear', val=0.25)])
+    model.init_weights()
+    assert (model.layers[0].mlp.fc1.weight == 0.25).all()
+
+
+def test_activation_with_arguments():
+    act = backbone(act_cfg=dict(type='LeakyReLU', negative_slope=0.5)).layers[1].mlp.act
+    assert isinstance(act, torch.nn.LeakyReLU) and act.negative_slope == 0.5
 
 
 def test_shared_table_of_pre_training(tmp_path):

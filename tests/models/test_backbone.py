@@ -102,10 +102,27 @@ def test_pyramid_of_a_single_row_of_patches():
     assert [tuple(y.shape[2:]) for y in backbone(add_fpn=True)(images(16, 32))[:3]] == [(4, 8), (2, 4), (1, 2)]
 
 
-def test_pyramid_norm_and_patch_size():
-    model = backbone(add_fpn=True, fpn_norm=nn.SyncBatchNorm, patch_size=8)
+def test_pyramid_norm():
+    model = backbone(add_fpn=True, fpn_norm=nn.SyncBatchNorm)
     assert isinstance(model.fpn.upsample_4x[1], nn.SyncBatchNorm)
-    assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize('patch, strides', [(16, [4, 8, 16, 32]), (8, [4, 8, 16, 32]), (32, [8, 16, 32, 64])])
+def test_pyramid_strides(patch, strides):
+    model = backbone(add_fpn=True, patch_size=patch)
+    assert [info['reduction'] for info in model.feature_info] == strides
+    maps = model(images(128, 64))
+    assert [(128 // y.shape[2], 64 // y.shape[3]) for y in maps[:3]] == [(s, s) for s in strides[:3]]
+
+
+def test_pyramid_of_a_single_patch_when_compiled():
+    compiled = torch.compile(backbone(add_fpn=True), backend='aot_eager', fullgraph=True)
+    for size in ((64, 64), (16, 16)):
+        assert compiled(images(*size))[0].shape[2:] == (size[0] // 4, size[1] // 4)
+
+
+def test_one_stage_name():
+    assert backbone(out_features='stage3').stages == (3,)
 
 
 def test_pyramid_keeps_its_strides_when_the_native_size_changes():
