@@ -53,7 +53,7 @@ def test_reset_classifier():
     model = create()
     model.reset_classifier(7, None)
     assert model.num_classes == 7 and model(torch.randn(2, 3, 32, 48)).shape[1] == 7
-    with pytest.raises(ValueError, match="a segmentor pools nothing, .* got 'avg'"):
+    with pytest.raises(ValueError, match=r"a segmentor pools nothing, .* got 'avg'"):
         model.reset_classifier(7, 'avg')
 
 

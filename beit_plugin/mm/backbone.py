@@ -19,6 +19,7 @@ from ..checkpoints.convert import CheckpointError
 from ..checkpoints.files import open_wrappers, read_state_dict
 from ..checkpoints.fit import accept_any_dialect, strip_encoder_prefix
 from ..models.backbone import BeitBackbone
+from ..models.block import Block
 from ..models.resample import ResizeRule
 from .norm import SYNC_BN, NormFactory
 
@@ -131,7 +132,7 @@ class BEiTBackbone(BeitBackbone):
         )
         # mmsegmentation's layer decay constructors know blocks by this name only
         self.layers = cast(nn.ModuleList, self._modules.pop('blocks'))
-        for block in self.layers:
+        for block in cast(list[Block], self.layers):
             block.mlp.act = build_activation_layer(act_cfg)
         self.set_grad_checkpointing(with_cp)
         self.norm_eval = norm_eval

@@ -48,7 +48,7 @@ class BeitPatchEmbed(PatchEmbed):
         if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
             raise ValueError(
                 f'expected images of shape (B, {self.proj.in_channels}, H, W), got {tuple(x.shape)}; '
-                'convert the images, or build the model with in_chans (in_channels in OpenMMLab) for their channel count'
+                'convert the images, or build the model with in_chans (OpenMMLab: in_channels) set to their channels'
             )
         H, W = x.shape[2:]
         ph, pw = self.patch_size
