@@ -23,6 +23,7 @@ class _Encoder(Protocol):
 
     window_size: tuple[int, int]
     rel_pos_resize: Any
+    rel_pos_bias: nn.Module | None
     blocks: nn.ModuleList
     patch_embed: Any
 
@@ -53,11 +54,10 @@ def fit(native: StateDict, model: _Encoder) -> StateDict:
         CheckpointError: a table whose grid cannot be told.
     """
     fitted = dict(native)
-    own = {name: p for name, p in model.state_dict().items()}  # type: ignore[attr-defined]
     depth = len(model.blocks)
     first_table = getattr(model.blocks[0].attn, _TABLE, None) if depth else None
     if _SHARED in fitted and isinstance(first_table, Tensor) and f'blocks.0.attn.{_TABLE}' not in fitted:
-        shared = fitted[_SHARED] if _SHARED in own else fitted.pop(_SHARED)
+        shared = fitted[_SHARED] if model.rel_pos_bias is not None else fitted.pop(_SHARED)
         for i in range(depth):
             fitted[f'blocks.{i}.attn.{_TABLE}'] = shared.clone()
 
@@ -90,7 +90,7 @@ def translate(state_dict: Mapping[str, Tensor], model: Any) -> tuple[StateDict, 
     """
     native, rest = to_native(state_dict)
     fitted = fit(native, model)
-    own = {name.replace('layers.', 'blocks.', 1) if name.startswith('layers.') else name for name in model.state_dict()}
+    own = model.state_dict().keys()
     return {name: tensor for name, tensor in fitted.items() if name in own or not name.startswith(_OPTIONAL)}, rest
 
 

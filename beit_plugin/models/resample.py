@@ -88,6 +88,10 @@ def _interpolation_matrix(points: Tensor, x: Tensor, degree: int) -> Tensor:
     return torch.linalg.solve_ex(at_points, at_x, left=False)[0]
 
 
+def _matrix_shape(old: int, new: int, rule: str) -> tuple[int, int]:
+    return (new, old) if rule == 'positions' else (2 * new - 1, 2 * old - 1)
+
+
 def axis_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The linear map that takes one axis from ``old`` to ``new`` patches: of a bias table, or of absolute positions.
 
@@ -99,7 +103,7 @@ def axis_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torc
     Returns:
         (2 * new - 1, 2 * old - 1), for positions (new, old); the identity when the sizes are equal.
     """
-    rows, columns = (new, old) if rule == 'positions' else (2 * new - 1, 2 * old - 1)
+    rows, columns = _matrix_shape(old, new, rule)
     places = torch.arange(rows, device=device, dtype=dtype)
     if rule == 'positions':
         basis = torch.eye(old, device=device, dtype=dtype)[None, None]  # an image whose columns are unit vectors
@@ -132,8 +136,7 @@ def _axis_matrix_op(old: int, new: int, rule: str, device: torch.device, dtype: 
 
 @_axis_matrix_op.register_fake
 def _(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    rows, columns = (new, old) if rule == 'positions' else (2 * new - 1, 2 * old - 1)
-    return torch.empty(rows, columns, device=device, dtype=dtype)
+    return torch.empty(_matrix_shape(old, new, rule), device=device, dtype=dtype)
 
 
 def resize_matrices(
@@ -150,19 +153,14 @@ def resize_matrices(
         The maps of the vertical and the horizontal axis in float64 (float32 on devices that have no float64).
     """
     dtype = torch.float32 if device.type == 'mps' else torch.float64
-    if torch.compiler.is_dynamo_compiling():
-        if tuple(old) == tuple(new):
-            return None
-        make = _axis_matrix_op
-    elif torch.compiler.is_compiling():  # exporting: no operation of our own may stay in the program
-        symbolic = isinstance(new[0], torch.SymInt) or isinstance(new[1], torch.SymInt)
-        if not symbolic and tuple(old) == tuple(new):
-            return None
-        make = axis_matrix
-    elif tuple(old) == tuple(new):
+    traced_by_dynamo = torch.compiler.is_dynamo_compiling()
+    exporting = torch.compiler.is_compiling() and not traced_by_dynamo
+    # comparing a size that an export leaves open would tie the program to the answer
+    symbolic = exporting and (isinstance(new[0], torch.SymInt) or isinstance(new[1], torch.SymInt))
+    if not symbolic and tuple(old) == tuple(new):
         return None
-    else:
-        make = _cached_matrix
+    # no operation of our own may stay in an exported program
+    make = axis_matrix if exporting else _axis_matrix_op if traced_by_dynamo else _cached_matrix
     return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)
 
 
