@@ -3,6 +3,7 @@
 import argparse
 import copy
 import io
+import itertools
 import re
 import sys
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 
 from data_folders import DataError, check_values, label_values
 
+_RUN_NUMBERS = itertools.count(1)
 MAX_LABELS_CHECKED = 1000  # per data set with their images, spread evenly: some seconds
 # mmengine opens with its whole environment, configuration and hooks; these stay in the log file
 CONSOLE_NOISE = (
@@ -213,6 +215,10 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
     from mmengine.dist import is_main_process
     from mmengine.runner import Runner
 
+    number = next(_RUN_NUMBERS)
+    if number > 1:
+        # mmengine tells the runs of a process apart by the second only: short ones would share logger and log file
+        cfg.experiment_name = f'{cfg.get("experiment_name", Path(cfg.filename).stem)}_{number}'
     for message in WARNING_NOISE:
         warnings.filterwarnings('ignore', message=message)
     with redirect_stdout(_Console(sys.stdout)):
