@@ -21,13 +21,17 @@ ALLOWED = {
     'models.resample': {'torch'},
     'kernels': {'torch', 'triton', 'kernels'},
     'tokenizers': {'torch', 'timm.layers', 'models', 'tokenizers', 'checkpoints'},
-    'checkpoints': {'torch', 'timm.layers', 'safetensors', 'numpy', 'models.resample', 'checkpoints'},
+    'checkpoints': {
+        'torch', 'timm.layers', 'safetensors', 'numpy', 'huggingface_hub', 'models.resample',
+        'models.relative_position', 'checkpoints',
+    },
     'masking': {'torch', 'numpy'},
     'image_processor': {'torch', 'numpy', 'PIL'},
-    'timm_models': {'torch', 'timm', 'models', 'checkpoints'},
+    'timm_models': {'torch', 'timm', 'models', 'checkpoints', 'timm_cfgs'},
+    'timm_cfgs': {'timm'},
     'mm': {'torch', 'torchvision', 'timm', 'numpy', 'mm', 'models', 'checkpoints', 'tokenizers', 'masking', *OPENMMLAB},
     '': {'torch', 'timm', 'models', 'timm_models', '_script', 'image_processor', 'mm'},  # __init__, __main__, _script
-}
+}  # fmt: skip
 
 
 def dotted(path):

@@ -1,122 +1,320 @@
 """Recognises the dialect of a BEiT state dict and takes it to our names and back."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import product
+from math import isqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tables import DIALECTS, Dialect, Row
+from ..models.relative_position import relative_position_index
+from ..models.resample import NUM_CLS_ROWS
+from .tables import DIALECTS, TASKS, Dialect, Layout, Row
 
-__all__ = ['CheckpointError', 'detect', 'from_native', 'to_native']
+__all__ = ['CheckpointError', 'Detection', 'convert', 'detect', 'from_native', 'read_names', 'task_of', 'to_native']
 
 StateDict = dict[str, Tensor]
-_PLACEHOLDERS = {'{i}': r'(?P<i>\d+)', '{p}': r'(?P<p>weight|bias)'}
+TABLE = 'relative_position_bias_table'
+SHARED_TABLE = f'rel_pos_bias.{TABLE}'
+_VALUES = {
+    '{p}': ('weight', 'bias'),
+    '{b}': ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'),
+    '{n}': ('bn', 'gn', 'in', 'ln'),
+}
 _PARTS = 'qkv'
+_SHOWN = 6  # names in an error message
+_AN = {'encoder': 'an'}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is none, is of no known dialect, or does not fit."""
 
 
-@lru_cache
-def _pattern(template: str) -> re.Pattern[str]:
-    pattern = re.escape(template)
-    for placeholder, group in _PLACEHOLDERS.items():
-        pattern = pattern.replace(re.escape(placeholder), group)
-    return re.compile(pattern)
+class Detection(NamedTuple):
+    """What a state dict is."""
+
+    dialect: str  # a key of DIALECTS
+    task: str  # one of TASKS, by what is in it
+    prefix: str  # what stands before the names of the encoder
+    layout: Layout  # the arrangement that its names follow
+    unknown: tuple[str, ...]  # names that no row of the tables matches
+
+
+def some(names: Iterable[str]) -> str:
+    """The first of the names, for a message."""
+    names = list(names)
+    more = f', ... ({len(names)} in all)' if len(names) > _SHOWN else ''
+    return ', '.join(names[:_SHOWN]) + more
 
 
 @lru_cache
-def _compiled(rows: tuple[Row, ...], reverse: bool) -> tuple[tuple[re.Pattern[str], str | None], ...]:
-    if not reverse:
-        return tuple((_pattern(theirs), ours) for theirs, ours in rows)
-    return tuple((_pattern(ours), theirs) for theirs, ours in rows if ours is not None)
+def _lookup(rows: tuple[Row, ...], reverse: bool = False) -> dict[str, str | None]:
+    """The rows as a dict with only ``{i}`` left open; of several rows with the same left side the first counts."""
+    table: dict[str, str | None] = {}
+    for theirs, ours in rows:
+        used = [placeholder for placeholder in _VALUES if placeholder in theirs]
+        for values in product(*(_VALUES[placeholder] for placeholder in used)):
+            left, right = theirs, ours
+            for placeholder, value in zip(used, values, strict=True):
+                left = left.replace(placeholder, value)
+                right = None if right is None else right.replace(placeholder, value)
+            if not reverse:
+                table.setdefault(left, right)
+            elif right is not None:
+                table.setdefault(right, left)
+    return table
 
 
-def _rename(name: str, rows: tuple[Row, ...], reverse: bool = False) -> tuple[bool, str | None]:
+def _rename(name: str, table: Mapping[str, str | None]) -> tuple[bool, str | None]:
     """Whether the table knows the name, and the other side of its row."""
-    for pattern, target in _compiled(rows, reverse):
-        match = pattern.fullmatch(name)
-        if match:
-            return True, target.format(**match.groupdict()) if target is not None else None
+    if name in table:
+        return True, table[name]
+    parts = name.split('.')
+    for k, part in enumerate(parts):
+        if part.isdecimal() and part.isascii():
+            template = '.'.join((*parts[:k], '{i}', *parts[k + 1 :]))
+            if template in table:
+                target = table[template]
+                return True, None if target is None else target.replace('{i}', part)
     return False, None
 
 
-def detect(names: Iterable[str]) -> tuple[Dialect, str]:
-    """The dialect of the names in a state dict, and the prefix of its encoder (``backbone.``, ``beit.``, or nothing).
+def _read(names: Sequence[str], dialect: Dialect, layout: Layout, prefix: str) -> dict[str, str | None]:
+    """Our name, or None where it is dropped, of each name that dialect and layout know."""
+    encoder, outside = _lookup(dialect.rows), _lookup(layout.rows)
+    outer = prefix.removesuffix(layout.prefix)
+    targets = {}
+    for name in names:
+        if not name.startswith(outer):
+            continue
+        known, target = _rename(name[len(outer) :], outside)
+        if not known and name.startswith(prefix):
+            known, target = _rename(name[len(prefix) :], encoder)
+        if known or name[len(outer) :].startswith(layout.dropped or '\0'):
+            targets[name] = target
+    return targets
+
+
+def task_of(names: Iterable[str]) -> str:
+    """The task, one of ``TASKS``, that a model with parameters of these names (ours) is for."""
+    parts = {name.split('.')[0] for name in names}
+    by_part = {'decode_head': 'segmentor', 'lm_head': 'mim', 'head': 'classifier', 'pyramid': 'backbone'}
+    return next((task for part, task in by_part.items() if part in parts), 'encoder')
+
+
+def detect(state_dict: Mapping[str, Tensor] | Iterable[str]) -> Detection:
+    """Recognises dialect and task of a state dict by its names.
+
+    Dialects that name an encoder alike (timm's, unilm's and ours) are told apart by what else is there; where nothing
+    else is, it is called timm's.
+
+    Args:
+        state_dict: names to tensors, or the names alone.
 
     Raises:
         CheckpointError: no BEiT encoder is in it.
     """
-    names = list(names)
+    names = [name for name in state_dict if isinstance(name, str)]
+    best: tuple[int, Detection] | None = None
     for dialect in DIALECTS.values():
-        pattern = re.compile(r'(?P<prefix>(?:\w+\.)*?)' + _pattern(dialect.signature).pattern)
-        for name in names:
-            match = pattern.fullmatch(name)
-            if match:
-                return dialect, match['prefix']
-    shown = ', '.join(names[:3]) or 'nothing'
-    raise CheckpointError(
-        f'no BEiT encoder of a known dialect ({", ".join(DIALECTS)}) in this state dict; its names begin with {shown}'
-    )
+        pattern = re.compile(r'((?:\w+\.)*?)' + re.escape(dialect.signature).replace(r'\{i\}', r'\d+'))
+        prefixes = dict.fromkeys(match[1] for match in map(pattern.fullmatch, names) if match)
+        for prefix in list(prefixes)[:4]:  # more encoders than that in one file are somebody's joke
+            for layout in dialect.layouts.values():
+                if not prefix.endswith(layout.prefix):
+                    continue
+                targets = _read(names, dialect, layout, prefix)
+                missed = len(names) - len(targets)
+                if best is None or missed < best[0]:
+                    task = task_of(target for target in targets.values() if target is not None)
+                    unknown = tuple(name for name in names if name not in targets)
+                    best = missed, Detection(dialect.name, task, prefix, layout, unknown)
+    if best is None:
+        shown = ', '.join(names[:3]) or 'nothing'
+        raise CheckpointError(
+            f'no BEiT encoder of a known dialect ({", ".join(DIALECTS)}) in this state dict; its names begin with '
+            f'{shown}'
+        )
+    return best[1]
+
+
+def read_names(names: Iterable[str], found: Detection) -> dict[str, str | None]:
+    """Our name of each known name of what ``detect`` found; None for those that are dropped on purpose."""
+    return _read(list(names), DIALECTS[found.dialect], found.layout, found.prefix)
 
 
 def to_native(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
-    """Takes the encoder of any dialect to our names.
+    """Takes a checkpoint of any dialect to our names.
 
     Returns:
-        The parameters of encoder and classifier by our names (without prefix), and everything that no row of the table
-        matches, by its own name.
+        The parameters by our names (see ``tables``), and everything that no row matches, by its own name.
 
     Raises:
-        CheckpointError: no BEiT encoder, a key bias that is not zero, or a part of q, k, v that is missing.
+        CheckpointError: no BEiT encoder, a key bias that is not zero, two entries for one parameter, or a part of
+            q, k, v that is missing or of another shape.
     """
-    dialect, prefix = detect(state_dict)
+    targets = read_names(state_dict, detect(state_dict))
     native: StateDict = {}
-    rest: StateDict = {}
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state_dict.items():
-        known, target = _rename(name.removeprefix(prefix), dialect.rows) if name.startswith(prefix) else (False, None)
-        if not known and prefix:
-            known, target = _rename(name, dialect.task_rows)
-        if not known:
-            rest[name] = tensor
-        elif target is not None and target.endswith('.k_bias'):
+    for name, target in targets.items():
+        tensor = state_dict[name]
+        if target is None:
+            continue
+        if target.endswith('.k_bias'):
             if tensor.any():
                 raise CheckpointError(f'{name} is not zero; BEiT has no key bias, so this is another model')
-        elif target is not None and '#' in target:
-            whole, part = target.split('#')
-            parts.setdefault(whole, {})[part] = tensor
-        elif target is not None:
-            native[target] = tensor
+            continue
+        whole, _, part = target.partition('#')
+        place = parts.setdefault(whole, {}) if part else native
+        if (part or target) in place:
+            raise CheckpointError(f'{name} is a second entry for {target}; one of the two must go')
+        place[part or target] = tensor
     for whole, found in parts.items():
         missing = [part for part in _PARTS if part not in found]
         if missing:
             raise CheckpointError(f'{whole} needs q, k and v, but {", ".join(missing)} is missing')
+        shapes = {tuple(tensor.shape) for tensor in found.values()}
+        if len(shapes) > 1:
+            raise CheckpointError(f'q, k and v of {whole} must have one shape, got {sorted(shapes)}')
+        if whole in native:
+            raise CheckpointError(f'{whole} is there whole and in parts; one of the two must go')
         native[whole] = torch.cat([found[part] for part in _PARTS])
-    return native, rest
+    return native, {name: tensor for name, tensor in state_dict.items() if name not in targets}
 
 
-def from_native(native: Mapping[str, Tensor], dialect: str, prefix: str = '') -> StateDict:
-    """Takes an encoder by our names to another dialect.
+def table_grid(
+    rows: int, grid: tuple[int, int] | None = None, model: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """The (h, w) grid that a bias table of so many rows belongs to.
+
+    Args:
+        rows: length of the table.
+        grid: what it is said to be.
+        model: what it may be when nothing is said: rows alone do not tell which of two grids that are not square.
 
     Raises:
-        CheckpointError: an unknown dialect, or a parameter that the dialect cannot hold.
+        CheckpointError: it is not what it is said to be, or neither the model's nor square.
+    """
+    for candidate in (model,) if grid is None else (grid,):
+        if candidate is not None and rows == (2 * candidate[0] - 1) * (2 * candidate[1] - 1) + NUM_CLS_ROWS:
+            return candidate
+    if grid is not None:
+        raise CheckpointError(f'a bias table of {rows} rows is not of a {grid[0]}x{grid[1]} grid; check grid=(h, w)')
+    side = isqrt(max(rows - NUM_CLS_ROWS, 0))
+    if side % 2 == 0 or side * side != rows - NUM_CLS_ROWS:
+        other = f' and not of the {model[0]}x{model[1]} grid of the model' if model is not None else ''
+        raise CheckpointError(
+            f'a bias table of {rows} rows is of no square grid{other}; give the grid that it was trained at as '
+            'grid=(h, w), or build the model at that size, load, and call set_input_size'
+        )
+    return (side + 1) // 2, (side + 1) // 2
+
+
+def expand_shared_table(native: Mapping[str, Tensor], depth: int) -> StateDict:
+    """Gives the shared bias table to each of ``depth`` blocks, on top of what a block has; as fine-tuning starts."""
+    expanded = dict(native)
+    shared = expanded.pop(SHARED_TABLE, None)
+    for i in range(depth if shared is not None else 0):
+        name = f'blocks.{i}.attn.{TABLE}'
+        expanded[name] = shared.clone() if name not in native else native[name] + shared  # type: ignore[union-attr]
+    return expanded
+
+
+def depth_of(native: Iterable[str]) -> int:
+    """Number of encoder blocks that the names (ours) speak of."""
+    numbers = (name.split('.')[1] for name in native if name.startswith('blocks.'))
+    return 1 + max((int(number) for number in numbers), default=-1)
+
+
+def from_native(
+    native: Mapping[str, Tensor], dialect: str, task: str | None = None, grid: tuple[int, int] | None = None
+) -> StateDict:
+    """Takes parameters by our names to another dialect.
+
+    Where the dialect has no shared bias table, each block gets it, which is the same function.
+
+    Args:
+        native: parameters by our names.
+        dialect: one of ``tables.DIALECTS``.
+        task: arrange them as the model of this task; by default the one that they are for.
+        grid: (h, w) in patches of the bias tables, for the index that some hosts want; needed where it is not square.
+
+    Raises:
+        CheckpointError: an unknown dialect or task, or parameters that the dialect has no place for.
     """
     if dialect not in DIALECTS:
         raise CheckpointError(f'unknown dialect {dialect!r}; known are {", ".join(DIALECTS)}')
-    rows = DIALECTS[dialect].rows
+    host = DIALECTS[dialect]
+    task = task_of(native) if task is None else task
+    if task not in host.layouts:
+        known = ', '.join(host.layouts if task in TASKS else TASKS)
+        raise CheckpointError(f'{dialect} has no {task}, only {known}; name what to leave out by drop=')
+    has_branch = any(name.startswith('cls_pt_layers.') for name in native)
+    layout = host.layouts.get(f'{task} v2', host.layouts[task]) if has_branch else host.layouts[task]
+    encoder, outside = _lookup(host.rows, reverse=True), _lookup(layout.rows, reverse=True)
+    if SHARED_TABLE in native and SHARED_TABLE not in encoder:
+        native = expand_shared_table(native, depth_of(native))
     result: StateDict = {}
+    homeless = []
     for name, tensor in native.items():
-        known, target = _rename(name, rows, reverse=True)
-        thirds = [_rename(f'{name}#{part}', rows, reverse=True) for part in _PARTS]
-        if known and target is not None:
-            result[prefix + target] = tensor
+        known, target = _rename(name, outside)
+        if not known:
+            known, target = _rename(name, encoder)
+            target = f'{layout.prefix}{target}'
+        thirds = [_rename(f'{name}#{part}', encoder) for part in _PARTS]
+        if known:
+            result[str(target)] = tensor
         elif all(found for found, _ in thirds):
-            for (_, target), third in zip(thirds, tensor.chunk(3), strict=True):
-                result[f'{prefix}{target}'] = third.clone()
-        else:
-            raise CheckpointError(f'{dialect} has no place for {name}')
+            for (_, third), part in zip(thirds, tensor.chunk(3), strict=True):
+                result[f'{layout.prefix}{third}'] = part.clone()
+        elif name != 'stages':  # which blocks a segmentor reads is a matter of configuration everywhere else
+            homeless.append(name)
+    if homeless:
+        raise CheckpointError(
+            f'{_AN.get(task, "a")} {task} of {dialect} has no place for {some(homeless)}; name what to leave out by drop='
+        )
+    if host.index:
+        for name in [name for name in result if name.endswith(TABLE)]:
+            h, w = table_grid(result[name].shape[0], grid)
+            result[name.replace(TABLE, 'relative_position_index')] = relative_position_index(h, w)
     return result
+
+
+def dropper(drop: Sequence[str]) -> re.Pattern[str]:
+    """Matches the names that ``drop`` lists: each a name, or a beginning up to a dot.
+
+    Raises:
+        CheckpointError: a single string instead of a sequence of them.
+    """
+    if isinstance(drop, str):
+        raise CheckpointError(f'drop must be a sequence of names, got the string {drop!r}; write drop=({drop!r},)')
+    return re.compile('|'.join(rf'{re.escape(name.rstrip("."))}(?:\..*)?' for name in drop) or r'(?!)', re.DOTALL)
+
+
+def convert(
+    state_dict: Mapping[str, Tensor],
+    *,
+    to: str,
+    drop: Sequence[str] = (),
+    grid: tuple[int, int] | None = None,
+) -> StateDict:
+    """Takes a checkpoint of any dialect to another.
+
+    Args:
+        state_dict: names to tensors.
+        to: one of ``tables.DIALECTS``.
+        drop: names to leave out, by our names or by those of the source; ``'head'`` stands for all that begins with
+            ``head.``.
+        grid: see ``from_native``.
+
+    Raises:
+        CheckpointError: a name that no table knows and ``drop`` does not list, or see ``to_native``, ``from_native``.
+    """
+    leave_out = dropper(drop)
+    native, rest = to_native({name: t for name, t in state_dict.items() if not leave_out.fullmatch(name)})
+    if rest:
+        raise CheckpointError(f'no table knows {some(rest)}; name what to leave out by drop=')
+    return from_native({name: t for name, t in native.items() if not leave_out.fullmatch(name)}, to, grid=grid)

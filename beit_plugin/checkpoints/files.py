@@ -6,29 +6,30 @@ Formats: safetensors, and torch's own with ``weights_only=True``.
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .convert import CheckpointError, StateDict
 
-__all__ = ['open_wrappers', 'read_state_dict', 'write_state_dict']
+__all__ = ['open_wrappers', 'read_metadata', 'read_state_dict', 'write_atomically', 'write_state_dict']
 
-# the names under which trainers store weights, in the order in which they are looked for
-_WRAPPERS = ('state_dict', 'model', 'module')
+# the names under which trainers store weights, in the order in which they are looked for: averaged ones first, as in timm
+_WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')
+_PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and torch.compile
 
 
 def open_wrappers(loaded: Any, source: str) -> StateDict:
     """Takes what a trainer saved apart and returns the state dict in it.
 
     Args:
-        loaded: a state dict, or a dict that holds one as ``state_dict``, ``model`` or ``module``, nested or not.
+        loaded: a state dict, or a dict that holds one under one of the names that trainers use, nested or not.
         source: name of the checkpoint, for the error.
 
     Raises:
@@ -44,7 +45,11 @@ def open_wrappers(loaded: Any, source: str) -> StateDict:
     tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f'{source} holds no tensors by name, so it is no checkpoint of a model')
-    return tensors
+    while True:
+        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            return tensors
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
@@ -85,26 +90,59 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     return open_wrappers(loaded, str(path))
 
 
-def write_state_dict(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Writes a checkpoint: safetensors by that suffix, else torch's format.
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; empty for other files."""
+    if path.suffix != '.safetensors':
+        return {}
+    with safe_open(path, 'pt') as file:
+        return file.metadata() or {}
 
-    The file appears whole or not at all: it is written beside its place, flushed to the disk and renamed.
+
+def write_state_dict(
+    state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a checkpoint, whole or not at all (see ``write_atomically``): safetensors by that suffix, else torch's.
+
+    Args:
+        state_dict: names to tensors.
+        path: file to write.
+        metadata: what a safetensors file shall say of itself; other files have no place for it.
+
+    Raises:
+        OSError: see ``write_atomically``.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state_dict.items()}
+    if path.suffix == '.safetensors':
+        said = {'format': 'pt', **(metadata or {})}
+        whole = {name: tensor.clone() for name, tensor in tensors.items()}  # it refuses tensors that share memory
+        write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=said))
+    else:
+        write_atomically(path, lambda temporary: torch.save(tensors, temporary))
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """Lets ``write`` fill a temporary file, flushes it to the disk and puts it in the place of ``path``.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full; an old file is still there.
     """
-    path = Path(path)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state_dict.items()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    os.close(handle)
     try:
-        if path.suffix == '.safetensors':
-            save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, metadata={'format': 'pt'})
-        else:
-            torch.save(tensors, temporary)
+        # mkstemp makes files that only their owner reads; a checkpoint is like any other file
+        mask = os.umask(0)
+        os.umask(mask)
+        os.fchmod(handle, 0o666 & ~mask)
+        os.close(handle)
+        write(temporary)
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name too must survive a power cut
+        finally:
+            os.close(folder)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -1,25 +1,45 @@
-"""Makes an encoder's parameters fit a model of another size: patch kernel, positions, bias tables, shared tables."""
+"""Makes a checkpoint fit a model: its names, its patch size, its grid, one bias table or one for each block."""
 
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from math import isqrt
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from ..models.resample import NUM_CLS_ROWS, resize_abs_pos_embed, resize_rel_pos_bias_table
-from .convert import CheckpointError, StateDict, detect, to_native
+from ..models.resample import resize_abs_pos_embed, resize_rel_pos_bias_table
+from .convert import (
+    SHARED_TABLE,
+    TABLE,
+    CheckpointError,
+    Detection,
+    StateDict,
+    detect,
+    dropper,
+    expand_shared_table,
+    read_names,
+    some,
+    table_grid,
+    to_native,
+)
+from .tables import DIALECTS
 
-__all__ = ['accept_any_dialect', 'fit', 'strip_encoder_prefix', 'translate']
+__all__ = ['Fitted', 'accept_any_dialect', 'encoder_of', 'fit', 'own_names', 'part_of', 'resize']
 
-_TABLE = 'relative_position_bias_table'
-_SHARED = f'rel_pos_bias.{_TABLE}'
-# what an encoder may leave behind: parts for other tasks
-_OPTIONAL = ('mask_token', 'norm.', 'fc_norm.', 'head.', 'lm_head.')
+_logger = logging.getLogger(__name__)
+
+# what a checkpoint or a model may have for one task and another be without; all else is the encoder
+PARTS = (
+    'mask_token', 'norm', 'fc_norm', 'head', 'lm_head', 'cls_pt_layers', 'pyramid', 'decode_head', 'auxiliary_head',
+    'stages',
+)  # fmt: skip
 
 
 class _Encoder(Protocol):
-    """What ``fit`` asks of a model."""
+    """What is asked of an encoder."""
 
     window_size: tuple[int, int]
     rel_pos_resize: Any
@@ -28,70 +48,150 @@ class _Encoder(Protocol):
     patch_embed: Any
 
 
-def _table_grid(rows: int, window_size: tuple[int, int]) -> tuple[int, int]:
-    h, w = window_size
-    if rows == (2 * h - 1) * (2 * w - 1) + NUM_CLS_ROWS:
-        return window_size  # also for a non-square window: its rows alone do not tell which of two it is
-    side = isqrt(rows - NUM_CLS_ROWS) if rows > NUM_CLS_ROWS else 0
-    if side % 2 == 0 or side * side != rows - NUM_CLS_ROWS:
-        raise CheckpointError(
-            f'a bias table of {rows} rows is of no square grid and not of the {h}x{w} grid of the model; '
-            'build the model at the size that the checkpoint was trained at and call set_input_size'
-        )
-    return (side + 1) // 2, (side + 1) // 2
+class Fitted(NamedTuple):
+    """A checkpoint by the names of a model, at its sizes."""
+
+    state: StateDict  # what the model takes, by its names
+    rest: StateDict  # what no table knows, by the names of the checkpoint
+    fresh: tuple[str, ...]  # parameters of the model that the checkpoint does not have, by our names
+    dropped: StateDict  # what was not wanted, or belongs to a part that the model does not have, by our names
+    found: Detection
 
 
-def fit(native: StateDict, model: _Encoder) -> StateDict:
-    """Resizes what depends on the grid to the model's, always from the stored values.
+def part_of(name: str) -> str:
+    """The part of a model that a parameter (our name) belongs to."""
+    first = name.split('.')[0]
+    return first if first in PARTS else 'encoder'
 
-    A shared bias table is given to each block when the model has one in each (fine-tuning starts so).
 
-    Args:
-        native: encoder parameters by our names.
-        model: the model that they are for; only read.
+def encoder_of(model: nn.Module) -> _Encoder:
+    """The BEiT encoder of this package in a model, the model itself included.
 
     Raises:
-        CheckpointError: a table whose grid cannot be told.
+        CheckpointError: there is none.
     """
-    fitted = dict(native)
-    depth = len(model.blocks)
-    first_table = getattr(model.blocks[0].attn, _TABLE, None) if depth else None
-    if _SHARED in fitted and isinstance(first_table, Tensor) and f'blocks.0.attn.{_TABLE}' not in fitted:
-        shared = fitted[_SHARED] if model.rel_pos_bias is not None else fitted.pop(_SHARED)
-        for i in range(depth):
-            fitted[f'blocks.{i}.attn.{_TABLE}'] = shared.clone()
+    for module in model.modules():
+        if hasattr(module, 'rel_pos_resize') and hasattr(module, 'window_size'):
+            return cast(_Encoder, module)
+    raise CheckpointError(
+        f'{type(model).__name__} holds no encoder of beit_plugin; for a model of another package use convert() and its '
+        'own load_state_dict()'
+    )
 
-    kernel = fitted.get('patch_embed.proj.weight')
-    patch = tuple(model.patch_embed.patch_size)
+
+def own_names(model: nn.Module) -> dict[str, str]:
+    """The names of a model's parameters and buffers, by our names; what no table knows stands for itself."""
+    names = list(model.state_dict())
+    targets = read_names(names, detect(names))
+    return {targets.get(name) or name: name for name in names}
+
+
+def resize(native: StateDict, encoder: _Encoder, grid: tuple[int, int] | None = None) -> StateDict:
+    """Resizes what depends on the grid to that of ``encoder``, always from the stored values.
+
+    Args:
+        native: parameters by our names.
+        encoder: the encoder that they are for; only read.
+        grid: (h, w) in patches that they were trained at; by default told from their shapes.
+
+    Raises:
+        CheckpointError: the grid cannot be told.
+    """
+    window = encoder.window_size
+    given = dict(native)
+    if SHARED_TABLE in given and encoder.rel_pos_bias is None:
+        given = expand_shared_table(given, len(encoder.blocks))
+    kernel = given.get('patch_embed.proj.weight')
+    patch = tuple(encoder.patch_embed.patch_size)
     if kernel is not None and kernel.ndim == 4 and tuple(kernel.shape[2:]) != patch:
-        fitted['patch_embed.proj.weight'] = resample_patch_embed(kernel, list(patch))
-    positions = fitted.get('pos_embed')
-    window = model.window_size
-    if positions is not None and positions.ndim == 3 and positions.shape[1] != 1 + window[0] * window[1]:
-        side = isqrt(positions.shape[1] - 1)
-        if side * side != positions.shape[1] - 1:
-            raise CheckpointError(f'pos_embed of {positions.shape[1]} tokens is of no square grid and not of {window}')
-        fitted['pos_embed'] = resize_abs_pos_embed(positions, (side, side), window)
-    for name, table in fitted.items():
-        if name.endswith(_TABLE) and table.ndim == 2:
-            source = _table_grid(table.shape[0], model.window_size)
-            fitted[name] = resize_rel_pos_bias_table(table, source, model.window_size, model.rel_pos_resize)
-    return fitted
+        given['patch_embed.proj.weight'] = resample_patch_embed(kernel, list(patch))
+    positions = given.get('pos_embed')
+    if positions is not None and positions.ndim == 3:
+        old = grid or window
+        if positions.shape[1] != 1 + old[0] * old[1]:
+            side = isqrt(max(positions.shape[1] - 1, 0))
+            if side * side != positions.shape[1] - 1 or not side or grid is not None:
+                raise CheckpointError(
+                    f'pos_embed of {positions.shape[1]} tokens is of no square grid and not of {old}; give the grid '
+                    'that it was trained at as grid=(h, w)'
+                )
+            old = (side, side)
+        given['pos_embed'] = resize_abs_pos_embed(positions, old, window)
+    for name, table in given.items():
+        if name.endswith(TABLE) and table.ndim == 2:
+            source = table_grid(table.shape[0], grid, window)
+            given[name] = resize_rel_pos_bias_table(table, source, window, encoder.rel_pos_resize)
+    return given
 
 
-def translate(state_dict: Mapping[str, Tensor], model: Any) -> tuple[StateDict, StateDict]:
-    """Takes a state dict of any dialect at any resolution to what ``model`` holds.
+def _check_pooling(native: Mapping[str, Tensor], own: Mapping[str, str], model: nn.Module) -> None:
+    """A classifier that comes with the checkpoint needs the norm that it was trained behind."""
+    head = native.get('head.weight')
+    if head is None or 'head.weight' not in own or head.shape != model.state_dict()[own['head.weight']].shape:
+        return
+    for norm, pool in (('fc_norm', 'token'), ('norm', 'avg')):
+        if f'{norm}.weight' in own and f'{norm}.weight' not in native:
+            raise CheckpointError(
+                f'the classifier of the checkpoint was trained without {norm}, which this model has; build it with '
+                f'global_pool={pool!r}, or leave the classifier out (load(..., drop=("head",)))'
+            )
 
-    What an encoder checkpoint may have for other tasks (classifier, mask token, MIM head, final norms) is dropped where
-    the model lacks that part.
 
-    Returns:
-        The parameters by our names, and what no table knows, by its own name.
+def _stages(found: Detection, model: Any, encoder: Any, out_indices: Sequence[int] | None) -> Sequence[int]:
+    """What the backbone of a segmentor must return to be what its checkpoint was trained as."""
+    offset = DIALECTS[found.dialect].tap_offset
+    if out_indices is None:
+        if offset != 1 and getattr(model, 'keep_stages', True):
+            _logger.warning(
+                'a segmentor of %s came without its configuration, so which blocks it reads is not known; the model '
+                'goes on reading %s, counted from 0',
+                found.dialect,
+                tuple(stage - 1 for stage in encoder.stages),
+            )
+            return encoder.stages
+        return [number + offset for number in encoder.out_indices]
+    return [number + 1 for number in out_indices]
+
+
+def fit(
+    state_dict: Mapping[str, Tensor],
+    model: nn.Module,
+    grid: tuple[int, int] | None = None,
+    out_indices: Sequence[int] | None = None,
+    leave_out: re.Pattern[str] = dropper(()),
+) -> Fitted:
+    """Takes a state dict of any dialect at any resolution to the names and sizes of ``model``.
+
+    Args:
+        state_dict: names to tensors; read only.
+        model: one that holds an encoder of this package; read only.
+        grid: (h, w) in patches that it was trained at; needed where that was not square and not the model's.
+        out_indices: 0-based blocks that a segmentor was trained on; by default those that its dialect means by the
+            ``out_indices`` that the model was built with.
+        leave_out: matches the names, ours or theirs, that are not wanted.
+
+    Raises:
+        CheckpointError: see ``to_native`` and ``resize``, or the classifier reads another pooling than the model has.
     """
-    native, rest = to_native(state_dict)
-    fitted = fit(native, model)
-    own = model.state_dict().keys()
-    return {name: tensor for name, tensor in fitted.items() if name in own or not name.startswith(_OPTIONAL)}, rest
+    wanted = {name: tensor for name, tensor in state_dict.items() if not leave_out.fullmatch(name)}
+    found = detect(wanted)
+    native, rest = to_native(wanted)
+    encoder = encoder_of(model)
+    native = resize(native, encoder, grid)
+    if found.task == 'segmentor' and 'stages' not in native:
+        native['stages'] = torch.tensor(_stages(found, model, encoder, out_indices))
+    own = own_names(model)
+    parts = {part_of(name) for name in own}
+    dropped = {
+        name: tensor
+        for name, tensor in native.items()
+        if leave_out.fullmatch(name) or (part_of(name) != 'encoder' and part_of(name) not in parts)
+    }
+    native = {name: tensor for name, tensor in native.items() if name not in dropped}
+    _check_pooling(native, own, model)
+    state = {own.get(name, name): tensor for name, tensor in native.items()}
+    fresh = tuple(name for name in own if name not in native)
+    return Fitted(state, rest, fresh, dropped, found)
 
 
 def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -101,12 +201,14 @@ def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_:
         detect(part)
     except CheckpointError:
         return  # not an encoder: leave it to load_state_dict to say what is missing
-    fitted, rest = translate(part, model)
-    for name in part.keys() - rest.keys():
+    fitted = fit(part, model)
+    if fitted.dropped:
+        _logger.info('left out, for the model does not have them: %s', some(fitted.dropped))
+    for name in part.keys() - fitted.rest.keys():
         del state_dict[prefix + name]
-    blocks = 'layers.' if 'layers' in dict(model.named_children()) else 'blocks.'
-    for name, tensor in fitted.items():
-        state_dict[prefix + (blocks + name.removeprefix('blocks.') if name.startswith('blocks.') else name)] = tensor
+    state_dict.update({prefix + name: tensor for name, tensor in fitted.state.items()})
+    if 'stages' in fitted.fresh:  # an encoder, or a file from before the segmentor noted them
+        state_dict[f'{prefix}_extra_state'] = model.get_extra_state()
 
 
 def accept_any_dialect(model: nn.Module) -> None:
@@ -116,9 +218,3 @@ def accept_any_dialect(model: nn.Module) -> None:
     table knows stays in the state dict, so that the loader reports it.
     """
     model.register_load_state_dict_pre_hook(_translate_in_place)
-
-
-def strip_encoder_prefix(state_dict: Mapping[str, Tensor]) -> StateDict:
-    """The entries of the encoder alone, without its prefix (``backbone.``, ``beit.``, ``module.``)."""
-    _, prefix = detect(state_dict)
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}

@@ -1,92 +1,191 @@
 """The rename tables: one per dialect; the way back is derived from it.
 
-A row is (their name, our name). ``{i}`` stands for a layer number, ``{p}`` for ``weight`` or ``bias``. Our side may end
-in ``#q``, ``#k`` or ``#v``: that third of a fused tensor. None: dropped on purpose, the model makes it anew.
+A row is (their name, our name). ``{i}`` stands for a number, ``{p}`` for weight or bias, ``{b}`` for what a batch norm
+holds, ``{n}`` for what mmcv calls a norm layer. Our side may end in ``#q``, ``#k`` or ``#v``: that third of a fused
+tensor. None: dropped on purpose, the model makes it anew.
+
+Our names, whatever the model: those of ``Beit`` for the encoder and its task heads (``head``, ``lm_head``,
+``cls_pt_layers``), ``pyramid.``, ``decode_head.`` and ``auxiliary_head.`` for the parts of a segmentor.
 """
 
 from typing import NamedTuple
 
-__all__ = ['DIALECTS', 'Dialect', 'Row']
+__all__ = ['DIALECTS', 'TASKS', 'Dialect', 'Layout', 'Row']
 
 Row = tuple[str, str | None]
 
+TASKS = ('encoder', 'classifier', 'mim', 'backbone', 'segmentor')
+
+
+class Layout(NamedTuple):
+    """How a dialect arranges the model of one task.
+
+    Attributes:
+        prefix: what stands before the names of the encoder.
+        rows: names outside the encoder, written out in full.
+        dropped: beginnings of names that belong to something else, such as the tokenizer of a pre-training.
+    """
+
+    prefix: str = ''
+    rows: tuple[Row, ...] = ()
+    dropped: tuple[str, ...] = ()
+
 
 class Dialect(NamedTuple):
-    """A way of naming the parameters of a BEiT encoder.
+    """A way of naming the parameters of a BEiT.
 
     Attributes:
         name: what users call it.
-        signature: a name that every checkpoint of the dialect has and no other dialect's; it tells the dialect, and
-            what stands before it is the prefix of the encoder.
+        signature: a name that every encoder of the dialect has; what stands before it is the prefix.
         rows: the rename table of the encoder.
-        task_rows: what task models of the dialect hold beside the encoder, by its full name there.
+        layouts: by task; tasks that the dialect does not have are left out. ``mim v2`` is for those that arrange v2
+            in another way than v1.
+        index: the host insists on the index buffer beside every bias table.
+        tap_offset: how many blocks have run before the map that ``out_indices`` of its segmentor calls 0. It is 1
+            where they count blocks from 0, and -1 in transformers, whose ``BeitForSemanticSegmentation`` reads
+            ``hidden_states[i - 1]`` with the embeddings as the first of them.
     """
 
     name: str
     signature: str
     rows: tuple[Row, ...]
-    task_rows: tuple[Row, ...] = ()
+    layouts: dict[str, Layout]
+    index: bool = False
+    tap_offset: int = 1
 
 
-_SAME = tuple(
+_TABLE, _INDEX = 'relative_position_bias_table', 'relative_position_index'
+
+
+def _under(prefix: str, rows: tuple[Row, ...], ours: str = '') -> tuple[Row, ...]:
+    return tuple((prefix + row, None if target is None else ours + target) for row, target in rows)
+
+
+# --- parts of a segmentor -------------------------------------------------------------------------------------------
+
+# mmsegmentation 1.2.2, Feature2Pyramid; ours has the same names
+_PYRAMID: tuple[Row, ...] = tuple(
+    (name, name)
+    for name in ('upsample_4x.0.{p}', 'upsample_4x.1.{b}', 'upsample_4x.3.{p}', 'upsample_2x.0.{p}')
+)
+# unilm beit/semantic_segmentation/backbone/beit.py, and transformers on disk
+_FPN: tuple[Row, ...] = tuple(
+    (theirs.replace('upsample_4x', 'fpn1').replace('upsample_2x', 'fpn2'), ours) for theirs, ours in _PYRAMID
+)
+_HF_FPN: tuple[Row, ...] = (
+    ('fpn.fpn1.conv_transpose1.{p}', 'upsample_4x.0.{p}'),
+    ('fpn.fpn1.normalization.{b}', 'upsample_4x.1.{b}'),
+    ('fpn.fpn1.conv_transpose2.{p}', 'upsample_4x.3.{p}'),
+    ('fpn.fpn2.{p}', 'upsample_2x.0.{p}'),
+)
+# ConvModules of mmsegmentation's UPerHead and FCNHead, and the same blocks in transformers
+_UPER_BLOCKS = (
+    ('psp_modules.{i}.1', 'psp_modules.blocks.{i}.conv'),
+    ('bottleneck', 'psp_bottleneck'),
+    ('lateral_convs.{i}', 'lateral_convs.{i}'),
+    ('fpn_convs.{i}', 'fpn_convs.{i}'),
+    ('fpn_bottleneck', 'fpn_bottleneck'),
+)
+_FCN_BLOCKS = (('convs.{i}', 'convs.{i}'), ('conv_cat', 'conv_cat'))
+
+
+def _heads(conv: str, norm: str, classifier: str, hf_blocks: bool) -> tuple[Row, ...]:
+    """Rows of decode head and auxiliary head, whose blocks hold a convolution and a norm of these names."""
+    rows: list[Row] = []
+    for head, blocks in (('decode_head', _UPER_BLOCKS), ('auxiliary_head', _FCN_BLOCKS)):
+        for ours, hf in blocks:
+            theirs = hf if hf_blocks else ours
+            rows += [
+                (f'{head}.{theirs}.{conv}.{{p}}', f'{head}.{ours}.conv.{{p}}'),
+                (f'{head}.{theirs}.{norm}.{{b}}', f'{head}.{ours}.{"bn" if hf_blocks else norm}.{{b}}'),
+            ]
+        rows.append((f'{head}.{classifier}.{{p}}', f'{head}.conv_seg.{{p}}'))
+    return tuple(rows)
+
+
+_MMSEG_HEADS = _heads('conv', '{n}', 'conv_seg', False)
+_HF_HEADS = _heads('convolution', 'normalization', 'classifier', True)
+# on disk the blocks keep mmsegmentation's names, their classifier does not
+_HF_DISK_HEADS = tuple((row.replace('{n}', 'bn').replace('conv_seg', 'classifier'), str(ours).replace('{n}', 'bn'))
+                       for row, ours in _MMSEG_HEADS)  # fmt: skip
+
+# --- our own names, unilm's and timm's -------------------------------------------------------------------------------
+
+_BLOCK: tuple[Row, ...] = tuple(
     (name, name)
     for name in (
-        'cls_token',
-        'mask_token',
-        'pos_embed',
-        'patch_embed.proj.{p}',
-        'patch_embed.norm.{p}',
-        'rel_pos_bias.relative_position_bias_table',
-        'blocks.{i}.gamma_1',
-        'blocks.{i}.gamma_2',
-        'blocks.{i}.norm1.{p}',
-        'blocks.{i}.norm2.{p}',
-        'blocks.{i}.attn.q_bias',
-        'blocks.{i}.attn.k_bias',
-        'blocks.{i}.attn.v_bias',
-        'blocks.{i}.attn.qkv.weight',
-        'blocks.{i}.attn.proj.{p}',
-        'blocks.{i}.attn.relative_position_bias_table',
-        'blocks.{i}.mlp.fc1.{p}',
-        'blocks.{i}.mlp.fc2.{p}',
-        'norm.{p}',
-        'fc_norm.{p}',
-        'head.{p}',
-        'lm_head.{p}',
+        'gamma_1', 'gamma_2', 'norm1.{p}', 'norm2.{p}', 'attn.q_bias', 'attn.k_bias', 'attn.v_bias', 'attn.qkv.weight',
+        'attn.proj.{p}', f'attn.{_TABLE}', 'mlp.fc1.{p}', 'mlp.fc2.{p}',
     )
+)  # fmt: skip
+_STEM: tuple[Row, ...] = tuple(
+    (name, name) for name in ('cls_token', 'pos_embed', 'patch_embed.proj.{p}', f'rel_pos_bias.{_TABLE}', 'norm.{p}')
 )
-
-# ours, unilm's and timm's encoder agree to the letter; the index is a buffer of older checkpoints
-_NATIVE: tuple[Row, ...] = (
-    *_SAME,
-    ('blocks.{i}.attn.relative_position_index', None),
-    ('rel_pos_bias.relative_position_index', None),
+_CLASSIFIER: tuple[Row, ...] = (('fc_norm.{p}', 'fc_norm.{p}'), ('head.{p}', 'head.{p}'))
+# unilm beit2/modeling_pretrain.py: cls_pt_layers is the [CLS] branch of v2
+_MIM: tuple[Row, ...] = (
+    ('mask_token', 'mask_token'),
+    ('lm_head.{p}', 'lm_head.{p}'),
+    *_under('cls_pt_layers.{i}.', _BLOCK, 'cls_pt_layers.{i}.'),
 )
-
+_TIMM: tuple[Row, ...] = (*_STEM, *_CLASSIFIER, *_under('blocks.{i}.', _BLOCK, 'blocks.{i}.'))
+_NATIVE: tuple[Row, ...] = (*_TIMM, *_MIM, ('patch_embed.norm.{p}', 'patch_embed.norm.{p}'))
+_UNILM: tuple[Row, ...] = (
+    *_TIMM,
+    *_MIM,
+    (f'blocks.{{i}}.attn.{_INDEX}', None),
+    (f'rel_pos_bias.{_INDEX}', None),
+    *_under('', _FPN, 'pyramid.'),
+)
 # BEiTBackbone holds its blocks as ``layers``, the name that mmsegmentation's layer decay looks for
-_OPENMMLAB_NATIVE: tuple[Row, ...] = tuple((theirs.replace('blocks.', 'layers.', 1), ours) for theirs, ours in _NATIVE)
+_OPENMMLAB: tuple[Row, ...] = (
+    *_STEM,
+    ('mask_token', 'mask_token'),
+    ('patch_embed.norm.{p}', 'patch_embed.norm.{p}'),
+    *_under('layers.{i}.', _BLOCK, 'blocks.{i}.'),
+)
 
-# mmsegmentation 1.2.2, mmseg/models/backbones/beit.py
+# --- OpenMMLab: mmsegmentation 1.2.2 mmseg/models/backbones/beit.py, mmpretrain 1.2.0 mmpretrain/models/backbones/beit.py
+
+_MM_BLOCK: tuple[Row, ...] = (
+    ('gamma_1', 'gamma_1'),
+    ('gamma_2', 'gamma_2'),
+    ('ln1.{p}', 'norm1.{p}'),
+    ('ln2.{p}', 'norm2.{p}'),
+    ('attn.q_bias', 'attn.q_bias'),
+    ('attn.v_bias', 'attn.v_bias'),
+    ('attn.qkv.weight', 'attn.qkv.weight'),
+    ('attn.proj.{p}', 'attn.proj.{p}'),
+    (f'attn.{_TABLE}', f'attn.{_TABLE}'),
+    ('ffn.layers.0.0.{p}', 'mlp.fc1.{p}'),
+    ('ffn.layers.1.{p}', 'mlp.fc2.{p}'),
+)
 _MMSEG: tuple[Row, ...] = (
     ('cls_token', 'cls_token'),
     ('patch_embed.projection.{p}', 'patch_embed.proj.{p}'),
     ('patch_embed.norm.{p}', 'patch_embed.norm.{p}'),
-    ('layers.{i}.gamma_1', 'blocks.{i}.gamma_1'),
-    ('layers.{i}.gamma_2', 'blocks.{i}.gamma_2'),
-    ('layers.{i}.ln1.{p}', 'blocks.{i}.norm1.{p}'),
-    ('layers.{i}.ln2.{p}', 'blocks.{i}.norm2.{p}'),
-    ('layers.{i}.attn.q_bias', 'blocks.{i}.attn.q_bias'),
-    ('layers.{i}.attn.v_bias', 'blocks.{i}.attn.v_bias'),
-    ('layers.{i}.attn.qkv.weight', 'blocks.{i}.attn.qkv.weight'),
-    ('layers.{i}.attn.proj.{p}', 'blocks.{i}.attn.proj.{p}'),
-    ('layers.{i}.attn.relative_position_bias_table', 'blocks.{i}.attn.relative_position_bias_table'),
-    ('layers.{i}.attn.relative_position_index', None),
-    ('layers.{i}.ffn.layers.0.0.{p}', 'blocks.{i}.mlp.fc1.{p}'),
-    ('layers.{i}.ffn.layers.1.{p}', 'blocks.{i}.mlp.fc2.{p}'),
     ('ln1.{p}', 'norm.{p}'),
+    *_under('layers.{i}.', _MM_BLOCK, 'blocks.{i}.'),
+    (f'layers.{{i}}.attn.{_INDEX}', None),
+)
+_MMPRETRAIN: tuple[Row, ...] = (
+    *_MMSEG,
+    ('pos_embed', 'pos_embed'),
+    ('mask_token', 'mask_token'),
+    ('ln2.{p}', 'fc_norm.{p}'),
+    (f'rel_pos_bias.{_TABLE}', f'rel_pos_bias.{_TABLE}'),
+    (f'rel_pos_bias.{_INDEX}', None),
+)
+_MMPRETRAIN_MIM: tuple[Row, ...] = (('head.cls_head.{p}', 'lm_head.{p}'),)
+_MMPRETRAIN_V2: tuple[Row, ...] = (
+    *_MMPRETRAIN_MIM,
+    ('neck.norm.{p}', 'norm.{p}'),  # BEiTV2Neck has the final norm
+    *_under('neck.patch_aggregation.{i}.', _MM_BLOCK, 'cls_pt_layers.{i}.'),
 )
 
-_HF_EMBEDDINGS: tuple[Row, ...] = (
+# --- transformers 5.24 modeling_beit.py, in memory and on disk (hub files and what save_pretrained writes) -----------
+
+_HF_STEM: tuple[Row, ...] = (
     ('embeddings.cls_token', 'cls_token'),
     ('embeddings.mask_token', 'mask_token'),
     ('embeddings.position_embeddings', 'pos_embed'),
@@ -94,67 +193,121 @@ _HF_EMBEDDINGS: tuple[Row, ...] = (
     ('layernorm.{p}', 'norm.{p}'),
     ('pooler.layernorm.{p}', 'fc_norm.{p}'),
 )
-
-# BeitForImageClassification, and BeitForMaskedImageModeling with a final norm of its own
-_HF_TASKS: tuple[Row, ...] = (
-    ('classifier.{p}', 'head.{p}'),
-    ('layernorm.{p}', 'norm.{p}'),
-    ('lm_head.{p}', 'lm_head.{p}'),
+_HF_BLOCK: tuple[Row, ...] = (
+    ('lambda_1', 'gamma_1'),
+    ('lambda_2', 'gamma_2'),
+    ('layernorm_before.{p}', 'norm1.{p}'),
+    ('layernorm_after.{p}', 'norm2.{p}'),
 )
-
-# transformers 5.23, modeling_beit.py, as in memory
 _HF_V5: tuple[Row, ...] = (
-    *_HF_EMBEDDINGS,
-    ('shared_position_bias.relative_position_bias_table', 'rel_pos_bias.relative_position_bias_table'),
-    ('layers.{i}.lambda_1', 'blocks.{i}.gamma_1'),
-    ('layers.{i}.lambda_2', 'blocks.{i}.gamma_2'),
-    ('layers.{i}.layernorm_before.{p}', 'blocks.{i}.norm1.{p}'),
-    ('layers.{i}.layernorm_after.{p}', 'blocks.{i}.norm2.{p}'),
-    ('layers.{i}.attention.q_proj.weight', 'blocks.{i}.attn.qkv.weight#q'),
-    ('layers.{i}.attention.k_proj.weight', 'blocks.{i}.attn.qkv.weight#k'),
-    ('layers.{i}.attention.v_proj.weight', 'blocks.{i}.attn.qkv.weight#v'),
-    ('layers.{i}.attention.q_proj.bias', 'blocks.{i}.attn.q_bias'),
-    ('layers.{i}.attention.v_proj.bias', 'blocks.{i}.attn.v_bias'),
+    *_HF_STEM,
+    (f'shared_position_bias.{_TABLE}', f'rel_pos_bias.{_TABLE}'),
+    *_under('layers.{i}.', _HF_BLOCK, 'blocks.{i}.'),
+    *((f'layers.{{i}}.attention.{x}_proj.weight', f'blocks.{{i}}.attn.qkv.weight#{x}') for x in 'qkv'),
+    *((f'layers.{{i}}.attention.{x}_proj.bias', f'blocks.{{i}}.attn.{x}_bias') for x in 'qkv'),
     ('layers.{i}.attention.o_proj.{p}', 'blocks.{i}.attn.proj.{p}'),
     ('layers.{i}.mlp.fc1.{p}', 'blocks.{i}.mlp.fc1.{p}'),
     ('layers.{i}.mlp.fc2.{p}', 'blocks.{i}.mlp.fc2.{p}'),
-    (
-        'layers.{i}.relative_position_bias.relative_position_bias_table',
-        'blocks.{i}.attn.relative_position_bias_table',
-    ),
+    (f'layers.{{i}}.relative_position_bias.{_TABLE}', f'blocks.{{i}}.attn.{_TABLE}'),
 )
-
-# the same models on disk: hub files and what save_pretrained writes
+_LAYER = 'encoder.layer.{i}.'
+_SELF = f'{_LAYER}attention.attention.'
+_HF_PARTS = {'q': 'query', 'k': 'key', 'v': 'value'}
 _HF_DISK: tuple[Row, ...] = (
-    *_HF_EMBEDDINGS,
-    ('encoder.relative_position_bias.relative_position_bias_table', 'rel_pos_bias.relative_position_bias_table'),
-    ('encoder.relative_position_bias.relative_position_index', None),
-    ('encoder.layer.{i}.lambda_1', 'blocks.{i}.gamma_1'),
-    ('encoder.layer.{i}.lambda_2', 'blocks.{i}.gamma_2'),
-    ('encoder.layer.{i}.layernorm_before.{p}', 'blocks.{i}.norm1.{p}'),
-    ('encoder.layer.{i}.layernorm_after.{p}', 'blocks.{i}.norm2.{p}'),
-    ('encoder.layer.{i}.attention.attention.query.weight', 'blocks.{i}.attn.qkv.weight#q'),
-    ('encoder.layer.{i}.attention.attention.key.weight', 'blocks.{i}.attn.qkv.weight#k'),
-    ('encoder.layer.{i}.attention.attention.value.weight', 'blocks.{i}.attn.qkv.weight#v'),
-    ('encoder.layer.{i}.attention.attention.query.bias', 'blocks.{i}.attn.q_bias'),
-    ('encoder.layer.{i}.attention.attention.value.bias', 'blocks.{i}.attn.v_bias'),
-    ('encoder.layer.{i}.attention.output.dense.{p}', 'blocks.{i}.attn.proj.{p}'),
-    ('encoder.layer.{i}.intermediate.dense.{p}', 'blocks.{i}.mlp.fc1.{p}'),
-    ('encoder.layer.{i}.output.dense.{p}', 'blocks.{i}.mlp.fc2.{p}'),
-    (
-        'encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_bias_table',
-        'blocks.{i}.attn.relative_position_bias_table',
-    ),
-    ('encoder.layer.{i}.attention.attention.relative_position_bias.relative_position_index', None),
+    *_HF_STEM,
+    (f'encoder.relative_position_bias.{_TABLE}', f'rel_pos_bias.{_TABLE}'),
+    (f'encoder.relative_position_bias.{_INDEX}', None),
+    *_under(_LAYER, _HF_BLOCK, 'blocks.{i}.'),
+    *((f'{_SELF}{name}.weight', f'blocks.{{i}}.attn.qkv.weight#{x}') for x, name in _HF_PARTS.items()),
+    *((f'{_SELF}{name}.bias', f'blocks.{{i}}.attn.{x}_bias') for x, name in _HF_PARTS.items()),
+    (f'{_LAYER}attention.output.dense.{{p}}', 'blocks.{i}.attn.proj.{p}'),
+    (f'{_LAYER}intermediate.dense.{{p}}', 'blocks.{i}.mlp.fc1.{p}'),
+    (f'{_LAYER}output.dense.{{p}}', 'blocks.{i}.mlp.fc2.{p}'),
+    (f'{_SELF}relative_position_bias.{_TABLE}', f'blocks.{{i}}.attn.{_TABLE}'),
+    (f'{_SELF}relative_position_bias.{_INDEX}', None),
 )
 
+
+def _hf_layouts(backbone_prefix: str, fpn: tuple[Row, ...], heads: tuple[Row, ...]) -> dict[str, Layout]:
+    pyramid = _under('', fpn, 'pyramid.')
+    return {
+        'encoder': Layout(),
+        'classifier': Layout('beit.', (('classifier.{p}', 'head.{p}'),)),
+        # the norm of BeitForMaskedImageModeling stands outside of its encoder
+        'mim': Layout('beit.', (('layernorm.{p}', 'norm.{p}'), ('lm_head.{p}', 'lm_head.{p}'))),
+        'backbone': Layout(backbone_prefix, pyramid),
+        'segmentor': Layout('beit.', (*pyramid, *heads)),
+    }
+
+
+_ONE = {task: Layout() for task in ('encoder', 'classifier', 'mim')}
+_NECK = (*_under('neck.', _PYRAMID, 'pyramid.'), *_MMSEG_HEADS)
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
-        Dialect('native', 'blocks.{i}.norm1.weight', _NATIVE),
-        Dialect('native-openmmlab', 'layers.{i}.norm1.weight', _OPENMMLAB_NATIVE),
-        Dialect('mmseg', 'layers.{i}.ln1.weight', _MMSEG),
-        Dialect('transformers', 'layers.{i}.layernorm_before.weight', _HF_V5, _HF_TASKS),
-        Dialect('transformers-disk', 'encoder.layer.{i}.layernorm_before.weight', _HF_DISK, _HF_TASKS),
+        Dialect('timm', 'blocks.{i}.norm1.weight', _TIMM, {task: Layout() for task in ('encoder', 'classifier')}),
+        Dialect(
+            'native',
+            'blocks.{i}.norm1.weight',
+            _NATIVE,
+            {
+                **_ONE,
+                'backbone': Layout('', _under('fpn.', _PYRAMID, 'pyramid.')),
+                'segmentor': Layout(
+                    'backbone.',
+                    (*_under('pyramid.', _PYRAMID, 'pyramid.'), *_MMSEG_HEADS, ('_extra_state', 'stages')),
+                ),
+            },
+        ),
+        Dialect(
+            'unilm',
+            'blocks.{i}.norm1.weight',
+            _UNILM,
+            {**_ONE, 'backbone': Layout(), 'segmentor': Layout('backbone.', _MMSEG_HEADS)},
+            index=True,
+        ),
+        Dialect(
+            'openmmlab',
+            'layers.{i}.norm1.weight',
+            _OPENMMLAB,
+            {
+                'encoder': Layout(),
+                'backbone': Layout('', _under('fpn.', _PYRAMID, 'pyramid.')),
+                'segmentor': Layout('backbone.', _NECK),
+            },
+        ),
+        Dialect(
+            'mmseg',
+            'layers.{i}.ln1.weight',
+            _MMSEG,
+            {'encoder': Layout(), 'segmentor': Layout('backbone.', _NECK)},
+            index=True,
+        ),
+        Dialect(
+            'mmpretrain',
+            'layers.{i}.ln1.weight',
+            _MMPRETRAIN,
+            {
+                'encoder': Layout(),
+                'classifier': Layout('backbone.', (('head.fc.{p}', 'head.{p}'),)),
+                'mim': Layout('backbone.', _MMPRETRAIN_MIM, ('target_generator.',)),
+                'mim v2': Layout('backbone.', _MMPRETRAIN_V2, ('target_generator.',)),
+            },
+            index=True,
+        ),
+        Dialect(
+            'transformers',
+            'encoder.layer.{i}.layernorm_before.weight',
+            _HF_DISK,
+            _hf_layouts('', _FPN, _HF_DISK_HEADS),
+            tap_offset=-1,
+        ),
+        Dialect(
+            'transformers-v5',
+            'layers.{i}.layernorm_before.weight',
+            _HF_V5,
+            _hf_layouts('beit.', _HF_FPN, _HF_HEADS),
+            tap_offset=-1,
+        ),
     )
 }

@@ -5,7 +5,9 @@ inside, stage names, every checkpoint dialect, gradient checkpointing.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlparse
 
 from mmcv.cnn import build_activation_layer
 from mmengine.logging import print_log
@@ -15,9 +17,9 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoints.convert import CheckpointError
-from ..checkpoints.files import open_wrappers, read_state_dict
-from ..checkpoints.fit import accept_any_dialect, strip_encoder_prefix
+from ..checkpoints import CheckpointError, load
+from ..checkpoints.fit import accept_any_dialect
+from ..checkpoints.sources import read_source
 from ..models.backbone import BeitBackbone
 from ..models.block import Block
 from ..models.resample import ResizeRule
@@ -158,25 +160,22 @@ class BEiTBackbone(BeitBackbone):
             elif 'checkpoint' not in cfg:
                 raise ValueError(f"init_cfg of type 'Pretrained' needs checkpoint='FILE', got {cfg}")
             else:
-                self._load_pretrained(cfg['checkpoint'])
+                self._load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
 
-    def _load_pretrained(self, source: str) -> None:
-        if '://' in source:  # mmengine knows the schemes
-            loaded = open_wrappers(CheckpointLoader.load_checkpoint(source, map_location='cpu'), source)
-        else:
-            loaded = read_state_dict(source)
+    def _load_pretrained(self, checkpoint: str, prefix: str = '', **_: Any) -> None:
+        # mmengine knows further schemes, such as open-mmlab:// and petrel://
+        known = urlparse(checkpoint).scheme in ('', 'http', 'https') or Path(checkpoint).exists()
+        source: Any = checkpoint if known else CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
+        if prefix:  # as mmengine's PretrainedInit: the rest belongs to other parts of a larger model
+            prefix = prefix.rstrip('.') + '.'
+            whole = read_source(source).state_dict
+            source = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
         try:
-            encoder = strip_encoder_prefix(loaded)
+            report = load(self, source)
         except CheckpointError as error:
-            raise CheckpointError(f'{source}: {error}') from error
-        missing, unexpected = self.load_state_dict(encoder, strict=False)
-        missing = [name for name in missing if not name.startswith('fpn.')]  # encoders come without a pyramid
-        if missing or unexpected:
-            raise CheckpointError(
-                f'{source} does not fit this backbone: missing {missing or "nothing"}, '
-                f'unknown {unexpected or "nothing"}'
-            )
-        print_log(f'BEiTBackbone: loaded {source}', logger='current')
+            hint = '' if prefix else "; prefix='backbone.' in init_cfg takes only the backbone of a larger model"
+            raise CheckpointError(f'{error}{hint}' if checkpoint in str(error) else f'{checkpoint}: {error}') from error
+        print_log(f'BEiTBackbone: {report}', logger='current')
 
     def train(self, mode: bool = True) -> 'BEiTBackbone':
         """Sets the mode; with ``norm_eval`` the norm layers stay in eval mode."""

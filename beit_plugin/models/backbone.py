@@ -114,6 +114,7 @@ class BeitBackbone(Beit):
         if add_fpn and out_indices is None and out_features is None:
             out_indices = pyramid_indices(depth)
         self.stages = resolve_stages(depth, out_indices, out_features)
+        self.out_indices = tuple(stage - 1 for stage in self.stages)  # as it was built; a checkpoint may change stages
         if add_fpn and len(self.stages) != PYRAMID_LEVELS:
             raise ValueError(f'add_fpn needs exactly {PYRAMID_LEVELS} out_indices, got {len(self.stages)}')
         if add_fpn and not reshape_hidden_states:

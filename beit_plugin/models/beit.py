@@ -13,7 +13,7 @@ timm 1.0.31 shares. Written anew; what differs from the reference:
 Shapes: B batch, C channels, H W pixels, h w grid, N = 1 + h*w tokens, K heads, L layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import AttentionBackend
 from .block import Block, activation
 from .embed import BeitPatchEmbed, check_mask
-from .relative_position import RelativePositionBias, bias_geometry
+from .relative_position import BiasGeometry, RelativePositionBias, bias_geometry
 from .resample import ResizeRule, check_rule, resize_abs_pos_embed
 from .timm_interface import TimmInterface
 
@@ -141,27 +141,28 @@ class Beit(TimmInterface):
         self.use_rel_pos_bias = use_rel_pos_bias
         self.rel_pos_bias = RelativePositionBias(window_size, num_heads, **dd) if use_shared_rel_pos_bias else None
 
-        drop_path_rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
-        self.blocks = nn.ModuleList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                proj_drop_rate,
-                attn_drop_rate,
-                drop_path_rates[i],
-                init_values,
-                activation(act_layer),
-                norm_layer,
-                window_size if use_rel_pos_bias else None,
-                attn_backend,
-                **dd,
-            )
-            for i in range(depth)
+        make_block = partial(
+            Block,
+            embed_dim,
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            proj_drop_rate,
+            attn_drop_rate,
+            init_values=init_values,
+            act_layer=activation(act_layer),
+            norm_layer=norm_layer,
+            window_size=window_size if use_rel_pos_bias else None,
+            attn_backend=attn_backend,
+            **dd,
         )
+        self._init_blocks(make_block, depth, drop_path_rate)
         self._init_head(num_classes, global_pool, use_fc_norm, drop_rate, norm_layer, **dd)
         self.init_weights(needs_reset=False)
+
+    def _init_blocks(self, make_block: Callable[..., Block], depth: int, drop_path_rate: float) -> None:
+        rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
+        self.blocks = nn.ModuleList(make_block(drop_path=rate) for rate in rates)
 
     @property
     def window_size(self) -> tuple[int, int]:
@@ -179,24 +180,31 @@ class Beit(TimmInterface):
             if needs_reset and name and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()  # type: ignore[operator]
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=self.init_std)
+                self._draw(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for token in (self.cls_token, self.mask_token, self.pos_embed):
             if token is not None:
-                trunc_normal_(token, std=self.init_std)
+                self._draw(token)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if needs_reset and name.endswith(('q_bias', 'v_bias', 'relative_position_bias_table')):
                     parameter.zero_()
-            for i, block in enumerate(cast(list[Block], self.blocks), start=1):
-                for gamma in (block.gamma_1, block.gamma_2):
-                    if needs_reset and gamma is not None:
-                        gamma.fill_(block.init_values or 0.0)
-                block.attn.proj.weight.div_((2.0 * i) ** 0.5)
-                block.mlp.fc2.weight.div_((2.0 * i) ** 0.5)
+            self._scale_blocks(self.blocks, 1, needs_reset)
             if isinstance(self.head, nn.Linear) and self.head_init_scale:
                 self.head.weight.mul_(self.head_init_scale)
+
+    def _draw(self, tensor: Tensor) -> None:
+        trunc_normal_(tensor, std=self.init_std)
+
+    @torch.no_grad()
+    def _scale_blocks(self, blocks: Iterable[nn.Module], first: int, needs_reset: bool) -> None:
+        for i, block in enumerate(cast(Iterable[Block], blocks), start=first):
+            for gamma in (block.gamma_1, block.gamma_2):
+                if needs_reset and gamma is not None:
+                    gamma.fill_(block.init_values or 0.0)
+            block.attn.proj.weight.div_((2.0 * i) ** 0.5)
+            block.mlp.fc2.weight.div_((2.0 * i) ** 0.5)
 
     def embed(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Images to tokens.
@@ -242,23 +250,39 @@ class Beit(TimmInterface):
         """
         masks = self._head_masks(head_mask)
         x, grid = self.embed(x, bool_masked_pos)
-        geometry = shared_bias = None
+        bias = self.position_bias(grid, x.device)
+        x, states, attentions = self.run_layers(self.blocks[:num_blocks], x, bias, masks, stages, output_attentions)
+        return x, grid, states, attentions
+
+    def position_bias(self, grid: tuple[int, int], device: torch.device) -> tuple[BiasGeometry | None, Tensor | None]:
+        """How the blocks read their own tables at an (h, w) grid, and the bias they share (K, N, N)."""
+        geometry = None
         if self.use_rel_pos_bias or self.rel_pos_bias is not None:
-            geometry = bias_geometry(self.window_size, grid, self.rel_pos_resize, x.device)
-        if self.rel_pos_bias is not None:
-            shared_bias = self.rel_pos_bias(geometry)  # K, N, N
+            geometry = bias_geometry(self.window_size, grid, self.rel_pos_resize, device)
+        return geometry, None if self.rel_pos_bias is None else self.rel_pos_bias(geometry)
+
+    def run_layers(
+        self,
+        blocks: Iterable[nn.Module],
+        x: Tensor,
+        bias: tuple[BiasGeometry | None, Tensor | None],
+        head_masks: Sequence[Tensor | None] = (),
+        stages: Iterable[int] = (),
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
+        """Tokens (B, N, C) through some blocks, with what ``position_bias`` gives; the rest as ``run_blocks``."""
         wanted = set(stages)
         states = {0: x} if 0 in wanted else {}
         attentions = []
-        for i, block in enumerate(self.blocks[:num_blocks]):
-            args = (x, geometry, shared_bias, masks[i], output_attentions)
+        for i, block in enumerate(blocks):
+            args = (x, *bias, head_masks[i] if head_masks else None, output_attentions)
             recompute = self.grad_checkpointing and self.training
             x, weights = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             if i + 1 in wanted:
                 states[i + 1] = x
             if output_attentions:
                 attentions.append(weights)
-        return x, grid, states, attentions
+        return x, states, attentions
 
     def encode(
         self,

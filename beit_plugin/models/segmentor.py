@@ -5,14 +5,19 @@ differences: the encoder decides which blocks are tapped, and images of any size
 the caller. Legend: B batch, H W pixels.
 """
 
+import logging
+from collections.abc import Sequence
 from typing import Any, overload
 
+import torch
 from torch import Tensor, nn
 
-from .backbone import BeitBackbone
+from .backbone import BeitBackbone, pyramid_indices
 from .pyramid import FeaturePyramid
 from .segmentation_loss import SegmentationLoss
 from .upernet import FCNHead, UPerNetHead
+
+_logger = logging.getLogger(__name__)
 
 
 class BeitSegmentor(nn.Module):
@@ -27,6 +32,8 @@ class BeitSegmentor(nn.Module):
         loss: the loss of both heads.
         patch_size: stride of the backbone's maps, pixels.
         auxiliary_index: level that the auxiliary head reads; 2 is the one at the patches' own stride.
+        keep_stages: read the blocks that the backbone was built with, also after a checkpoint was loaded that was
+            trained on others; by default the checkpoint decides (segmentors of transformers count in another way).
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class BeitSegmentor(nn.Module):
         loss: SegmentationLoss | None = None,
         patch_size: int | tuple[int, int] = 16,
         auxiliary_index: int = 2,
+        keep_stages: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -48,6 +56,29 @@ class BeitSegmentor(nn.Module):
         self.loss = SegmentationLoss() if loss is None else loss
         self.patch_size = patch_size
         self.auxiliary_index = auxiliary_index
+        self.keep_stages = keep_stages
+
+    def get_extra_state(self) -> Tensor:
+        """The stages that the backbone returns; in the state dict, for the weights mean nothing without them."""
+        return torch.tensor(self.backbone.stages)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Returns the stages of a checkpoint from now on, unless ``keep_stages`` forbids it.
+
+        Raises:
+            ValueError: the backbone does not have them.
+        """
+        stages, depth = tuple(state.tolist()), len(self.backbone.blocks)
+        if len(stages) != len(self.backbone.stages) or not all(0 <= stage <= depth for stage in stages):
+            raise ValueError(f'the checkpoint reads the stages {stages} (blocks run) of a backbone of {depth} blocks')
+        if stages != self.backbone.stages:
+            use = self.backbone.stages if self.keep_stages else stages
+            _logger.warning(
+                'the checkpoint was trained on the outputs of blocks %s (counted from 0), this model was built for %s; '
+                'it reads %s now. Naming out_indices at construction overrides the checkpoint.',
+                *(tuple(stage - 1 for stage in s) for s in (stages, self.backbone.stages, use)),
+            )
+            self.backbone.stages = use
 
     @property
     def num_classes(self) -> int:
@@ -139,3 +170,66 @@ class BeitSegmentor(nn.Module):
             return logits
         auxiliary = None if self.auxiliary_head is None else self.auxiliary_head(levels[self.auxiliary_index])
         return self.loss(logits, labels, auxiliary), logits
+
+
+def build_segmentor(
+    num_classes: int = 150,
+    channels: int | None = None,
+    pool_scales: Sequence[int] = (1, 2, 3, 6),
+    decoder_drop_rate: float = 0.1,
+    use_auxiliary_head: bool = True,
+    auxiliary_channels: int = 256,
+    auxiliary_num_convs: int = 1,
+    auxiliary_concat_input: bool = False,
+    auxiliary_loss_weight: float = 0.4,
+    semantic_loss_ignore_index: int = 255,
+    out_indices: Sequence[int] | None = None,
+    out_features: Sequence[str] | None = None,
+    **encoder_kwargs: Any,
+) -> BeitSegmentor:
+    """Assembles the segmentor of BeitForSemanticSegmentation: its options, and its defaults where the encoder has none.
+
+    Args:
+        num_classes: classes of both heads.
+        channels: width of the decode head; by default that of the encoder.
+        pool_scales: sides of the grids that the coarsest map is pooled to.
+        decoder_drop_rate: dropout before both classifiers.
+        use_auxiliary_head, auxiliary_channels, auxiliary_num_convs, auxiliary_concat_input: the FCN head.
+        auxiliary_loss_weight, semantic_loss_ignore_index: the loss.
+        out_indices, out_features: four blocks to read, as `BeitBackbone` takes them; by default those of
+            `pyramid_indices`, or what a checkpoint was trained on.
+        encoder_kwargs: those of `Beit`.
+
+    Raises:
+        ValueError: other than four blocks, or see the parts.
+    """
+    named = out_indices is not None or out_features is not None
+    if not named:
+        out_indices = pyramid_indices(encoder_kwargs.get('depth', 12))
+    backbone = BeitBackbone(out_indices=out_indices, out_features=out_features, **encoder_kwargs)
+    if len(backbone.stages) != 4:
+        raise ValueError(f'a segmentor needs exactly 4 out_indices, got {len(backbone.stages)}')
+    dim = backbone.embed_dim
+    dd: dict[str, Any] = {'device': encoder_kwargs.get('device'), 'dtype': encoder_kwargs.get('dtype')}
+    auxiliary_head = None
+    if use_auxiliary_head:
+        auxiliary_head = FCNHead(
+            dim,
+            auxiliary_channels,
+            num_classes,
+            num_convs=auxiliary_num_convs,
+            concat_input=auxiliary_concat_input,
+            dropout=decoder_drop_rate,
+            **dd,
+        )
+    return BeitSegmentor(
+        backbone=backbone,
+        pyramid=FeaturePyramid(dim, **dd),
+        decode_head=UPerNetHead(
+            [dim] * 4, channels or dim, num_classes, pool_scales=pool_scales, dropout=decoder_drop_rate, **dd
+        ),
+        auxiliary_head=auxiliary_head,
+        loss=SegmentationLoss(semantic_loss_ignore_index, auxiliary_loss_weight),
+        patch_size=backbone.patch_embed.patch_size,
+        keep_stages=named,
+    )

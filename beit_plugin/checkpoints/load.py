@@ -1,0 +1,174 @@
+"""Loads a checkpoint of any dialect into a model, all of it or nothing, and saves a model in any dialect."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .convert import CheckpointError, StateDict, dropper, from_native, some
+from .files import write_atomically, write_state_dict
+from .fit import encoder_of, fit, own_names, part_of
+from .hf_config import write_config
+from .sources import read_source
+
+__all__ = ['LoadReport', 'load', 'save']
+
+
+class LoadReport(NamedTuple):
+    """What ``load`` did."""
+
+    source: str
+    dialect: str
+    task: str  # what the checkpoint was made for
+    loaded: int  # parameters and buffers that were set
+    fresh: tuple[str, ...]  # parts of the model that the checkpoint does not have; they keep their values
+    dropped: tuple[str, ...]  # parts of the checkpoint that the model does not have, or that were to be left out
+    out_indices: tuple[int, ...] | None  # 0-based blocks that a segmentor reads, as its dialect counts them
+
+    def __str__(self) -> str:
+        lines = [f'{self.source}: a {self.task} of {self.dialect}, {self.loaded} tensors loaded']
+        for what, parts in (('not in the checkpoint', self.fresh), ('left out', self.dropped)):
+            if parts:
+                lines.append(f'{what}: {", ".join(parts)}')
+        if self.out_indices is not None:
+            lines.append(f'reads the outputs of blocks {self.out_indices}, counted from 0')
+        return '; '.join(lines)
+
+
+def _parts(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part_of(name) for name in names if name != 'stages'))
+
+
+def _misfits(state: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the shapes and types of the tensors."""
+    wrong = []
+    for name, tensor in state.items():
+        if tensor.shape != current[name].shape:
+            hint = ' (another classifier: leave it out by drop)' if 'head.' in name or 'conv_seg' in name else ''
+            wrong.append(f'{name} is {tuple(tensor.shape)} instead of {tuple(current[name].shape)}{hint}')
+        elif tensor.is_floating_point() != current[name].is_floating_point():
+            wrong.append(f'{name} is {tensor.dtype} instead of {current[name].dtype}')
+    return wrong
+
+
+def load(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    drop: Sequence[str] = (),
+    grid: tuple[int, int] | None = None,
+) -> LoadReport:
+    """Loads a checkpoint of any dialect, at any resolution, into a model of this package.
+
+    Every tensor of the checkpoint is loaded, or belongs to a part that the model does not have as a whole (the head of
+    the pre-training, a decode head, ...), or is named by ``drop``; every parameter of the encoder is set. Parts of the
+    model that the checkpoint does not have as a whole keep their values. Anything else is an error, and then the model
+    is as it was.
+
+    Args:
+        model: a ``Beit`` or what holds one: a backbone, a segmentor, mmsegmentation's ``EncoderDecoder`` with our
+            parts.
+        source: see ``read_source``.
+        drop: names to leave out, by our names or by those of the source; ``'head'`` stands for all that begins with
+            ``head.``, such as the classifier of another number of classes.
+        grid: (h, w) in patches that it was trained at; needed where that was not square and neither the model's nor
+            noted in the source.
+
+    Raises:
+        CheckpointError: nothing was loaded, and why.
+    """
+    read = read_source(source)
+    try:
+        return _load(model, read.name, read.state_dict, drop, grid or read.grid, read.config)
+    except CheckpointError as error:
+        raise CheckpointError(f'{read.name}: {error}') from error
+
+
+def _load(
+    model: nn.Module, name: str, state_dict: StateDict, drop: Sequence[str], grid: tuple[int, int] | None, config: Any
+) -> LoadReport:
+    leave_out = dropper(drop)
+    out_indices = None if config is None else config.arguments.get('out_indices')
+    fitted = fit(state_dict, model, grid, out_indices, leave_out)
+    own = own_names(model)
+    ours = {theirs: our for our, theirs in own.items()}
+    current = model.state_dict()
+    given = {part_of(ours.get(n, n)) for n in fitted.state}
+    problems = []
+    if fitted.rest:
+        problems.append(f'no table knows {some(fitted.rest)}')
+    foreign = [n for n in fitted.state if n not in current]
+    if foreign:
+        problems.append(f'the model has no {some(foreign)}')
+    missing = [own[n] for n in fitted.fresh if part_of(n) == 'encoder' or part_of(n) in given]
+    if missing:
+        problems.append(f'it lacks {some(missing)}')
+    if problems:
+        raise CheckpointError('; '.join(problems) + '; name what to leave out by drop=, or build the model to fit')
+    wrong = _misfits(fitted.state, current)
+    if wrong:
+        raise CheckpointError(some(wrong))
+    encoder: Any = encoder_of(model)
+    if 'decode_head' in given and 'stages' in fitted.dropped and not leave_out.fullmatch('stages'):
+        reads = tuple(fitted.dropped['stages'].tolist())
+        if reads != encoder.stages:
+            raise CheckpointError(
+                f'a segmentor of {fitted.found.dialect} reads the outputs of blocks {_blocks(reads)}, this model those '
+                f'of {_blocks(encoder.stages)}; build it with out_indices={_blocks(reads)}, or keep its own by '
+                'drop=("stages",)'
+            )
+    model.load_state_dict({**current, **fitted.state}, strict=True)
+    return LoadReport(
+        name,
+        fitted.found.dialect,
+        fitted.found.task,
+        len(fitted.state),
+        _parts(fitted.fresh),
+        _parts(fitted.dropped),
+        _blocks(encoder.stages) if 'decode_head' in given else None,
+    )
+
+
+def _blocks(stages: Sequence[int]) -> tuple[int, ...]:
+    return tuple(stage - 1 for stage in stages)
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], *, dialect: str = 'native', drop: Sequence[str] = ()
+) -> None:
+    """Saves the parameters of a model in any dialect; each file appears whole or not at all.
+
+    Args:
+        model: as for ``load``.
+        path: a file, safetensors by that suffix, else torch's format. For ``transformers`` also a folder (a path
+            without suffix), which its ``from_pretrained`` reads: it gets the configuration too.
+        dialect: one of ``tables.DIALECTS``; ``native`` keeps the names of the model.
+        drop: our names to leave out, such as ``('mask_token', 'lm_head')`` for dialects that have no place for them.
+
+    Raises:
+        CheckpointError: the dialect has no place for a parameter or an option; nothing was written.
+        OSError: the place cannot be written; an old file is still there.
+    """
+    path = Path(path)
+    leave_out = dropper(drop)
+    encoder = encoder_of(model)
+    current = model.state_dict()
+    own = {ours: name for ours, name in own_names(model).items() if not leave_out.fullmatch(ours)}
+    h, w = encoder.window_size
+    if dialect == 'native':
+        state = {name: current[name] for name in own.values()}
+    else:
+        state = from_native({ours: current[name] for ours, name in own.items()}, dialect, grid=(h, w))
+    metadata = {'grid': f'{h}x{w}', 'dialect': dialect}
+    if path.suffix:
+        write_state_dict(state, path, metadata)
+        return
+    if dialect != 'transformers':
+        raise CheckpointError(f'{path} has no suffix; give a file name in .safetensors or .pth')
+    config = json.dumps(write_config(model), indent=2, sort_keys=True) + '\n'
+    path.mkdir(parents=True, exist_ok=True)
+    write_state_dict(state, path / 'model.safetensors', metadata)
+    write_atomically(path / 'config.json', lambda temporary: Path(temporary).write_text(config))

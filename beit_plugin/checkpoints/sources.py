@@ -1,0 +1,147 @@
+"""Where a checkpoint comes from: a file, a folder of transformers, a URL, a hub id, or a state dict in memory."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+
+import torch
+
+from .convert import CheckpointError, StateDict
+from .files import open_wrappers, read_metadata, read_state_dict
+from .hf_config import HFConfig, read_config
+
+__all__ = ['Source', 'read_source']
+
+# in the order in which they are looked for; the indices list the files of a checkpoint that is cut into several
+_WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
+_SHA256 = re.compile(r'-([0-9a-f]{8,64})\.[a-z]+$')  # OpenMMLab and PyTorch put the beginning of it into file names
+_HUB_ID = re.compile(r'(?:hf-hub:)?([\w.-]+/[\w.-]+)')
+
+
+class Source(NamedTuple):
+    """A checkpoint and what was said about it."""
+
+    name: str  # for messages
+    state_dict: StateDict
+    config: HFConfig | None  # of transformers, if one lies beside the weights
+    grid: tuple[int, int] | None  # (h, w) in patches that it was trained at, where that is known
+
+
+def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> Source:
+    """Reads a checkpoint to the CPU, without executing anything in it.
+
+    Args:
+        source: a state dict; a file (.safetensors, or what ``torch.save`` wrote); a folder that transformers'
+            ``save_pretrained`` wrote; an http(s) URL, checked against the sha256 in its file name where there is one;
+            or a hub id (``microsoft/beit-base-patch16-224``), also with ``hf-hub:`` before it as timm writes it.
+
+    Raises:
+        CheckpointError: it does not exist, cannot be fetched, or is no checkpoint.
+    """
+    if isinstance(source, Mapping):
+        return Source('the state dict', open_wrappers(source, 'the state dict'), None, None)
+    text = os.fspath(source)
+    path = Path(text)
+    if urlparse(text).scheme in ('http', 'https'):
+        path = _download(text)
+    elif path.is_dir():
+        path = _weights_in(path)
+    elif not path.exists() and _HUB_ID.fullmatch(text) and not path.suffix:
+        path = _from_hub(text)
+    if path.name.endswith('.index.json'):
+        state_dict = _read_shards(path)
+    else:
+        state_dict = read_state_dict(path)
+    config = _config_beside(path)
+    return Source(text, state_dict, config, _grid_of(config) or _grid_in(path))
+
+
+def _weights_in(folder: Path) -> Path:
+    found = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f'the folder {folder} holds none of {", ".join(_WEIGHTS)}; give the file itself')
+    return found
+
+
+def _read_shards(index: Path) -> StateDict:
+    try:
+        names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{index} is no list of checkpoint files ({error}); fetch or save it again') from error
+    state_dict: StateDict = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f'{index} names {name!r}, which is no file beside it')
+        state_dict.update(read_state_dict(index.parent / name))
+    return state_dict
+
+
+def _download(url: str) -> Path:
+    name = Path(urlparse(url).path).name
+    target = Path(torch.hub.get_dir(), 'checkpoints', name)
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = _SHA256.search(name)
+        try:  # writes to a temporary file, checks it, and renames
+            torch.hub.download_url_to_file(url, str(target), sha256[1] if sha256 else None)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f'{url} cannot be fetched: {error}') from error
+    return target
+
+
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    match = _HUB_ID.fullmatch(hub_id)
+    repository = match[1] if match else hub_id
+    error: Exception | None = None
+    try:
+        try:
+            hf_hub_download(repository, 'config.json')
+        except EntryNotFoundError:
+            pass  # weights alone will do
+        for name in (name for name in _WEIGHTS if not name.endswith('.index.json')):  # no BEiT is cut into several
+            try:
+                return Path(hf_hub_download(repository, name))
+            except EntryNotFoundError as missing:
+                error = missing
+    except (OSError, ValueError) as failed:  # the library's errors are of these kinds
+        error = failed
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    raise CheckpointError(
+        f'{hub_id} is no file or folder here, and the hub did not give it ({reason}); check the path or the id'
+    ) from error
+
+
+def _config_beside(path: Path) -> HFConfig | None:
+    config = path.with_name('config.json')
+    if not path.name.startswith(('model', 'pytorch_model')) or not config.is_file():
+        return None
+    try:
+        loaded = json.loads(config.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CheckpointError(f'{config} is cut off or no JSON ({error}); fetch or save it again') from error
+    # timm's repositories have a config.json of another kind
+    return read_config(loaded) if isinstance(loaded, dict) and loaded.get('model_type') == 'beit' else None
+
+
+def _grid_of(config: HFConfig | None) -> tuple[int, int] | None:
+    if config is None:
+        return None
+    size, patch = (
+        (value, value) if isinstance(value, int) else tuple(value)
+        for value in (config.arguments['img_size'], config.arguments['patch_size'])
+    )
+    return size[0] // patch[0], size[1] // patch[1]
+
+
+def _grid_in(path: Path) -> tuple[int, int] | None:
+    """What ``save`` notes in a safetensors file."""
+    match = re.fullmatch(r'(\d{1,4})x(\d{1,4})', read_metadata(path).get('grid', ''))
+    return (int(match[1]), int(match[2])) if match else None
+

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Take a checkpoint from any dialect to another; no step that our own models need, for they read all of them.
+
+SRC is a file, a folder of transformers, a URL or a hub id. DST is a file, safetensors by that suffix; with
+`--to transformers` it may be a folder, which `from_pretrained` reads (weights and configuration).
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from data_folders import DataError
+from run_common import run
+
+DIALECTS = 'native, timm, unilm, openmmlab (our backbone in OpenMMLab), mmseg, mmpretrain, transformers, transformers-v5'
+EXAMPLES = """examples:
+  python tools/convert_checkpoint.py beit_base_patch16_640_pt22k_ft22ktoade20k.pth ade.pth --to mmseg
+  python tools/convert_checkpoint.py iter_160000.pth FOLDER --to transformers
+  python tools/convert_checkpoint.py microsoft/beit-base-patch16-224-pt22k beit.pth --to timm --drop mask_token lm_head
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('source', metavar='SRC')
+    parser.add_argument('target', metavar='DST', type=Path)
+    parser.add_argument('--to', required=True, metavar='DIALECT', help=f'one of {DIALECTS}')
+    parser.add_argument('--drop', nargs='+', default=[], metavar='NAME', help='leave out, such as head or decode_head')
+    parser.add_argument(
+        '--grid', nargs=2, type=int, metavar=('H', 'W'), help='patches of its native size, where that was not square'
+    )
+    parser.add_argument('--num-heads', type=int, metavar='K', help='for a folder, where no bias table tells it')
+    return parser.parse_args()
+
+
+def build(task: str, arguments: dict[str, Any], is_v2: bool) -> Any:
+    """Our model of a task."""
+    from beit_plugin import Beit, BeitBackbone
+    from beit_plugin.models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
+    from beit_plugin.models.segmentor import build_segmentor
+
+    models = {
+        'mim': BeitV2ForMaskedImageModeling if is_v2 else BeitForMaskedImageModeling,
+        'backbone': BeitBackbone,
+        'segmentor': build_segmentor,
+    }
+    return models.get(task, Beit)(**arguments)
+
+
+def write_folder(args: argparse.Namespace, source: Any) -> None:
+    """Weights and configuration, by way of a model that holds both."""
+    from beit_plugin.checkpoints import load, save
+    from beit_plugin.checkpoints.describe import describe
+
+    what = describe(source.state_dict, tuple(args.grid) if args.grid else source.grid)
+    arguments = what.arguments if source.config is None else source.config.arguments
+    if source.config is None:
+        heads = args.num_heads or arguments.get('num_heads')
+        if heads is None:
+            raise DataError('the checkpoint has no bias table that tells the number of heads: give it by --num-heads.')
+        arguments['num_heads'] = heads
+        if 'decode_head' in what.parts and 'decode_head' in args.drop:
+            raise DataError('a folder holds a whole model: convert to a file to leave parts out.')
+    model = build(what.task, arguments, 'cls_pt_layers' in what.parts)
+    load(model, source.state_dict, drop=args.drop, grid=what.grid)
+    save(model, args.target, dialect=args.to, drop=args.drop)
+
+
+def main() -> None:
+    args = parse_args()
+    from beit_plugin.checkpoints import CheckpointError, convert, detect
+    from beit_plugin.checkpoints.files import write_state_dict
+    from beit_plugin.checkpoints.sources import read_source
+
+    try:
+        source = read_source(args.source)
+        found = detect(source.state_dict)
+        if args.target.suffix:
+            grid = tuple(args.grid) if args.grid else source.grid
+            state = convert(source.state_dict, to=args.to, drop=args.drop, grid=grid)
+            metadata = {'dialect': args.to, **({'grid': '{}x{}'.format(*grid)} if grid else {})}
+            write_state_dict(state, args.target, metadata)
+        elif args.to == 'transformers':
+            write_folder(args, source)
+        else:
+            raise DataError(f'{args.target} has no suffix: give a file name in .safetensors or .pth.')
+    except CheckpointError as error:
+        raise DataError(f'{error}.') from error
+    except OSError as error:
+        raise DataError(f'{args.target} cannot be written: {error.strerror}.') from error
+    print(f'{args.target}: the {found.task} of {found.dialect} as {args.to}')
+    taps = source.config.arguments.get('out_indices') if source.config is not None else None
+    if found.task == 'segmentor' and taps is not None:
+        print(f'it reads the outputs of blocks {taps}, counted from 0: set out_indices so')
+
+
+if __name__ == '__main__':
+    run(main)
