@@ -37,7 +37,8 @@ def _mim_cfg(hf_hub_id: str | None = None, **kwargs: Any) -> dict[str, Any]:
 
 
 def _upernet_cfg(hf_hub_id: str | None = None, **kwargs: Any) -> dict[str, Any]:
-    layers = dict(first_conv='backbone.patch_embed.proj', classifier='decode_head.conv_seg')
+    classifiers = ('decode_head.conv_seg', 'auxiliary_head.conv_seg')  # both are new for other classes
+    layers = dict(first_conv='backbone.patch_embed.proj', classifier=classifiers)
     return _cfg(hf_hub_id, size=640, num_classes=150, **layers, **V2, **kwargs)
 
 

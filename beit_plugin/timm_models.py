@@ -71,11 +71,9 @@ def _create_mim(
     variant: str, size: str, pretrained: bool, model_cls: type[nn.Module], kwargs: dict[str, Any]
 ) -> nn.Module:
     args = {**VARIANTS[size], **kwargs}
-    if 'num_classes' in args:  # timm's word for the outputs of a model
-        args['vocab_size'] = args.pop('num_classes')
 
-    def build(**model_kwargs: Any) -> nn.Module:
-        model = model_cls(**model_kwargs)
+    def build(num_classes: int, **model_kwargs: Any) -> nn.Module:
+        model = model_cls(**{'vocab_size': num_classes, **model_kwargs})  # timm's word for the outputs of a model
         accept_any_dialect(model)
         return model
 

@@ -84,7 +84,7 @@ def _rename(name: str, table: Mapping[str, str | None]) -> tuple[bool, str | Non
 
 def _read(names: Sequence[str], dialect: Dialect, layout: Layout, prefix: str) -> dict[str, str | None]:
     """Our name, or None where it is dropped, of each name that dialect and layout know."""
-    encoder, outside = _lookup(dialect.rows), _lookup(layout.rows)
+    encoder, outside = _lookup(dialect.rows + dialect.leftovers), _lookup(layout.rows)
     outer = prefix.removesuffix(layout.prefix)
     targets = {}
     for name in names:

@@ -199,9 +199,11 @@ def _arguments(options: Mapping[str, Any], task: Task) -> dict[str, Any]:
             raise CheckpointError('add_fpn with patches of 8: transformers makes strides 2 to 16 of them, ours 4 to 32')
     if task == 'segmentor':
         # theirs reads hidden_states[i - 1], the first of them the embeddings: 2 is block 0, and 0 wraps to the last
-        arguments['out_indices'] = tuple((i - 2) % (depth + 1) for i in stages)
-        if depth in arguments['out_indices']:
-            raise CheckpointError('out_indices 1 of a segmentor is the embeddings in transformers; ours reads blocks')
+        blocks_run = [(i - 1) % (depth + 1) for i in stages]
+        if 0 in blocks_run:
+            arguments['out_features'] = tuple(stage_names(depth)[i] for i in blocks_run)
+        else:
+            arguments['out_indices'] = tuple(i - 1 for i in blocks_run)
         arguments['decoder_drop_rate'] = 0.0  # their heads have none
     return arguments
 
@@ -250,7 +252,11 @@ def _refuse(model: Any, encoder: Any, task: Task) -> None:
         heads = [head] if auxiliary is None else [head, auxiliary]
         widths = (head.conv_seg.in_channels, *head.level_channels)
         layers = [layer for layer in model.modules() if hasattr(layer, 'norm_name')]
+        last = len(encoder.blocks)
         found |= {
+            f'block {last - 1}, the last, in out_indices (its segmentor reads hidden_states[i - 1])': (
+                last in encoder.stages[1:]
+            ),
             f'channels={widths[0]} beside embed_dim={encoder.embed_dim}': any(w != encoder.embed_dim for w in widths),
             'align_corners=True': head.align_corners,
             f'decoder_drop_rate={head.dropout.p}': any(h.dropout.p > 0 for h in heads),

@@ -40,6 +40,7 @@ class Dialect(NamedTuple):
         rows: the rename table of the encoder.
         layouts: by task; tasks that the dialect does not have are left out. ``mim v2`` is for those that arrange v2
             in another way than v1.
+        leftovers: encoder rows that are read but never written.
         index: the host insists on the index buffer beside every bias table.
         tap_offset: how many blocks have run before the map that ``out_indices`` of its segmentor calls 0. It is 1
             where they count blocks from 0, and -1 in transformers, whose ``BeitForSemanticSegmentation`` reads
@@ -50,6 +51,7 @@ class Dialect(NamedTuple):
     signature: str
     rows: tuple[Row, ...]
     layouts: dict[str, Layout]
+    leftovers: tuple[Row, ...] = ()
     index: bool = False
     tap_offset: int = 1
 
@@ -168,6 +170,12 @@ _MMSEG: tuple[Row, ...] = (
     *_under('layers.{i}.', _MM_BLOCK, 'blocks.{i}.'),
     (f'layers.{{i}}.attn.{_INDEX}', None),
 )
+# mmsegmentation's tools/model_converters/beit2mmseg.py writes the patch embedding twice and renames only the blocks
+_BEIT2MMSEG: tuple[Row, ...] = (
+    ('patch_embed.proj.{p}', None),
+    (f'rel_pos_bias.{_INDEX}', None),
+    *(row for row in (*_STEM, *_CLASSIFIER, *_MIM) if not row[0].startswith(('cls_token', 'patch_embed', 'cls_pt'))),
+)
 _MMPRETRAIN: tuple[Row, ...] = (
     *_MMSEG,
     ('pos_embed', 'pos_embed'),
@@ -281,6 +289,7 @@ DIALECTS: dict[str, Dialect] = {
             'layers.{i}.ln1.weight',
             _MMSEG,
             {'encoder': Layout(), 'segmentor': Layout('backbone.', _NECK)},
+            _BEIT2MMSEG,
             index=True,
         ),
         Dialect(
