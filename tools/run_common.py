@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,17 +103,31 @@ def load_config(args: argparse.Namespace) -> Any:
     cfg.launcher = args.launcher
     cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs', Path(args.config).stem))
     if args.data_root is not None:
-        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
-            loader.dataset.data_root = str(args.data_root)
+        for loader in (cfg.get(f'{part}_dataloader') for part in ('train', 'val', 'test')):
+            for dataset in _data_sets(loader.dataset) if loader else ():
+                dataset.data_root = str(args.data_root)
     return cfg
 
 
+def _data_sets(dataset_cfg: Any) -> Iterator[Any]:
+    """The data sets inside the wrappers of mmengine and mmsegmentation, which repeat, join or mix them."""
+    inner = [dataset_cfg['dataset']] if 'dataset' in dataset_cfg else dataset_cfg.get('datasets')
+    if inner is None:
+        yield dataset_cfg
+    for cfg in inner or ():
+        yield from _data_sets(cfg)
+
+
 def check_data(dataset_cfg: Any) -> int:
-    """Number of labelled images of a data set in `BaseSegDataset` style.
+    """Number of labelled images of a data set in `BaseSegDataset` style, or of all inside a wrapper, each once.
 
     Raises:
         DataError: folders, images or labels are missing or damaged, or labels are outside the classes.
     """
+    return sum(map(_check_one, _data_sets(dataset_cfg)))
+
+
+def _check_one(dataset_cfg: Any) -> int:
     root = Path(dataset_cfg.get('data_root') or '.')
     if not root.is_dir():
         raise DataError(f'the data root {root} does not exist: give it by --data-root DIR.')
@@ -137,7 +151,7 @@ def check_data(dataset_cfg: Any) -> int:
 
 def check_pretrained(cfg: Any) -> None:
     """Raises DataError when the weights that the backbone starts from are a file that is not there."""
-    file = cfg.model.backbone.get('pretrained')
+    file = cfg.model.get('backbone', {}).get('pretrained')
     if file is None or '://' in file or Path(file).is_file():
         return
     variable = re.search(r'pretrained=[\'"]{{\$(\w+)', Path(cfg.filename).read_text())
@@ -178,6 +192,23 @@ def _load(model: Any, checkpoint: Path) -> None:
         raise DataError(f'{checkpoint} does not fit the configuration: {" and ".join(parts)}.')
 
 
+def length(cfg: Any) -> str:
+    """How long a configuration trains, in words."""
+    count, what = cfg.train_cfg.get('max_epochs'), 'epoch'
+    if count is None:
+        count, what = cfg.train_cfg.max_iters, 'iteration'
+    return f'{count} {what}{"" if count == 1 else "s"}'
+
+
+def _parts(module: Any) -> list[Any]:
+    """What an image goes through in a segmentor, as far as it has them; a cascade has several heads."""
+    from torch.nn import ModuleList
+
+    found = [getattr(module, name, None) for name in ('backbone', 'neck', 'decode_head')]
+    lists = [part if isinstance(part, ModuleList) else [part] for part in found if part is not None]
+    return list(itertools.chain(*lists))
+
+
 def _summary(runner: Any, counts: dict[str, int]) -> str:
     import torch
     from mmengine.device import get_device
@@ -186,25 +217,26 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
     cfg = runner.cfg
     module = _inner(runner.model)
     parameters = sum(p.numel() for p in module.parameters()) / 1e6
-    backbone, head = type(module.backbone).__name__, type(module.decode_head).__name__
+    parts = _parts(module)
     device = get_device()
     if device == 'cuda':
         device = torch.cuda.get_device_name()
     else:
         device += f', {torch.get_num_threads()} threads'
-    crop = ' x '.join(map(str, module.data_preprocessor.size))
+    size = getattr(module.data_preprocessor, 'size', None)
+    trained = f'crops of {" x ".join(map(str, size))} px' if size else 'sizes of the pipeline'
     tested = 'windows' if module.test_cfg.mode == 'slide' else 'whole images'
     lines = [
-        f'model       {backbone} + {type(module.neck).__name__} + {head}, {parameters:.1f} M parameters',
-        f'classes     {module.decode_head.num_classes}',
-        f'resolution  crops of {crop} px in training, {tested} in testing',
+        f'model       {" + ".join(type(part).__name__ for part in parts)}, {parameters:.1f} M parameters',
+        f'classes     {parts[-1].num_classes}',
+        f'resolution  {trained} in training, {tested} in testing',
         f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}',
     ]
     if 'training' in counts:
         batch = cfg.train_dataloader.batch_size * get_world_size() * cfg.optim_wrapper.get('accumulative_counts', 1)
         lines.append(
-            f'schedule    {cfg.train_cfg.max_iters} iterations, effective batch {batch}, '
-            f'{cfg.optim_wrapper.type} {cfg.optim_wrapper.get("dtype", "")}'.rstrip()
+            f'schedule    {length(cfg)}, effective batch {batch}, '
+            f'{cfg.optim_wrapper.get("type", "OptimWrapper")} {cfg.optim_wrapper.get("dtype", "")}'.rstrip()
         )
     lines += [f'device      {device}, {get_world_size()} process(es)', f'output      {cfg.work_dir}']
     return '\n'.join(f'  {line}' for line in lines)
@@ -228,14 +260,15 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
     return runner
 
 
-def train(cfg: Any) -> tuple[Path, float | None]:
-    """Train by mmengine's Runner; returns the last checkpoint and the last mIoU (None without validation)."""
-    loaders = {'training': cfg.train_dataloader, 'validation': cfg.val_dataloader}
-    counts = {name: check_data(loader.dataset) for name, loader in loaders.items()}
+def train(cfg: Any) -> tuple[Path | None, float | None]:
+    """Train by mmengine's Runner; returns the last checkpoint and the last mIoU, None where there is none."""
+    loaders = {'training': cfg.train_dataloader, 'validation': cfg.get('val_dataloader')}
+    counts = {name: check_data(loader.dataset) for name, loader in loaders.items() if loader}
     check_pretrained(cfg)
     runner = _start(cfg, counts)
     runner.train()
-    checkpoint = Path(Path(cfg.work_dir, 'last_checkpoint').read_text().strip())
+    last = Path(cfg.work_dir, 'last_checkpoint')
+    checkpoint = Path(last.read_text().strip()) if last.is_file() else None
     scalars = runner.message_hub.log_scalars
     return checkpoint, scalars['val/mIoU'].current() if 'val/mIoU' in scalars else None
 
@@ -245,6 +278,8 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     is_file = '://' not in str(checkpoint)
     if is_file and not Path(checkpoint).is_file():
         raise DataError(f'the checkpoint {checkpoint} does not exist.')
+    if not cfg.get('test_dataloader'):
+        raise DataError('the configuration has no test_dataloader: there is nothing to evaluate on.')
     if tta and 'tta_pipeline' not in cfg:
         raise DataError('the configuration has no tta_pipeline, so --tta cannot run.')
     counts = {'test': check_data(cfg.test_dataloader.dataset)}
@@ -252,7 +287,8 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     cfg.load_from = None if is_file else str(checkpoint)
     cfg.resume = False  # the copy of a resumed run says True, and would fetch the latest checkpoint instead
     if tta:
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        for dataset in _data_sets(cfg.test_dataloader.dataset):
+            dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
     runner = _start(cfg, counts)

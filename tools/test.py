@@ -40,7 +40,9 @@ def main() -> None:
     metrics = run_common.evaluate(cfg, args.checkpoint, args.tta)
     if os.environ.get('RANK', '0') == '0':
         how = 'multi-scale and flip' if args.tta else 'single-scale'
-        print(f'mIoU {metrics["mIoU"]:.2f} ({how}), checkpoint {args.checkpoint}, log in {cfg.work_dir}')
+        names = ['mIoU'] if 'mIoU' in metrics else metrics  # the evaluator may measure others, or write maps only
+        scores = ', '.join(f'{name} {metrics[name]:.2f}' for name in names) or 'no metrics'
+        print(f'{scores} ({how}), checkpoint {args.checkpoint}, log in {cfg.work_dir}')
 
 
 if __name__ == '__main__':

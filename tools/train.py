@@ -50,8 +50,9 @@ def main() -> None:
         cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=args.amp)
     checkpoint, miou = run_common.train(cfg)
     if os.environ.get('RANK', '0') == '0':
-        result = 'no validation' if miou is None else f'mIoU {miou:.2f}'
-        print(f'{result} after {cfg.train_cfg.max_iters} iterations, checkpoint {checkpoint}')
+        result = 'no mIoU' if miou is None else f'mIoU {miou:.2f}'
+        where = f'checkpoint {checkpoint}' if checkpoint else f'no checkpoint in {cfg.work_dir}'
+        print(f'{result} after {run_common.length(cfg)}, {where}')
 
 
 if __name__ == '__main__':

@@ -176,9 +176,9 @@ def to_native(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
         missing = [part for part in _PARTS if part not in found]
         if missing:
             raise CheckpointError(f'{whole} needs q, k and v, but {", ".join(missing)} is missing')
-        shapes = {tuple(tensor.shape) for tensor in found.values()}
-        if len(shapes) > 1:
-            raise CheckpointError(f'q, k and v of {whole} must have one shape, got {sorted(shapes)}')
+        kinds = {f'{tensor.dtype} {tuple(tensor.shape)}' for tensor in found.values()}
+        if len(kinds) > 1:
+            raise CheckpointError(f'q, k and v of {whole} must have one shape and dtype, got {", ".join(sorted(kinds))}')
         if whole in native:
             raise CheckpointError(f'{whole} is there whole and in parts; one of the two must go')
         native[whole] = torch.cat([found[part] for part in _PARTS])

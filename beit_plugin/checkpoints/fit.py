@@ -180,6 +180,12 @@ def fit(
     native = resize(native, encoder, grid)
     if found.task == 'segmentor' and 'stages' not in native:
         native['stages'] = torch.tensor(_stages(found, model, encoder, out_indices))
+    stages = native['stages'].flatten().tolist() if 'stages' in native else []
+    if not all(0 <= stage <= len(encoder.blocks) for stage in stages):
+        raise CheckpointError(
+            f'the segmentor reads the outputs of blocks {tuple(stage - 1 for stage in stages)} (-1: the embeddings), '
+            f'but the model has {len(encoder.blocks)}; build it with the out_indices that the checkpoint was trained on'
+        )
     own = own_names(model)
     parts = {part_of(name) for name in own}
     dropped = {

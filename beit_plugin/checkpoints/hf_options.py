@@ -120,7 +120,7 @@ def _hidden_act(encoder: Any) -> Iterator[str]:
 def _drop_path(encoder: Any) -> list[float]:
     rates = [[getattr(p, 'drop_prob', 0.0) for p in (b.drop_path1, b.drop_path2)] for b in encoder.blocks]
     last = rates[-1][0]
-    if not np.allclose(rates, np.linspace(0, [last, last], len(rates)), 1e-5, 0):
+    if not np.allclose(rates, np.linspace(0, [last, last], len(rates)), 1e-5, 1e-30):
         raise CheckpointError(f'drop_path_rate grows linearly from 0 in transformers, but the blocks have {rates}')
     return [_single(last)] if len(rates) > 1 else []  # a lone block keeps every sample, at any rate
 

@@ -245,6 +245,7 @@ def test_the_old_name_of_out_indices():
         ('encoder', dict(hidden_act='gelu_pytorch_tanh')),
         ('encoder', dict(hidden_act='swish', drop_path_rate=0.12345678901234567, hidden_dropout_prob=0)),
         ('encoder', dict(num_hidden_layers=1, drop_path_rate=0.3)),
+        ('encoder', dict(drop_path_rate=1e-45)),  # single precision has no number between it and 0
         ('backbone', dict(out_indices=[-3, -1])),
         ('backbone', dict(out_indices=[1, -1], out_features=['stage1', 'stage4'])),
         ('segmentor', dict(out_indices=[0, 2, -2, -1])),

@@ -127,8 +127,11 @@ class TestStages:
 
     def test_stages_that_do_not_exist(self):
         model = timm.create_model(SEGMENTOR, **SIZES, **HEAD)
+        state = {**model.state_dict(), '_extra_state': torch.tensor([1, 2, 3, 9])}
+        with pytest.raises(CheckpointError, match=r'reads the outputs of blocks \(0, 1, 2, 8\)'):
+            model.load_state_dict(state)
         with pytest.raises(ValueError, match=r'reads the stages \(1, 2, 3, 9\)'):
-            model.load_state_dict({**model.state_dict(), '_extra_state': torch.tensor([1, 2, 3, 9])})
+            model.set_extra_state(state['_extra_state'])
 
 
 @needs_mmseg
