@@ -21,6 +21,7 @@ _logger = logging.getLogger(__name__)
 
 __all__: list[str] = []  # register_model appends the entry points
 
+
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Takes a published file of any dialect to the names and sizes of ``model``.
 
@@ -154,49 +155,37 @@ def beitv2_plugin_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> 
 @register_model
 def beit_plugin_tiny_patch16_224_mim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT tiny for masked image modelling, 224 pixels, patch 16, 8192 visual tokens."""
-    return _create_mim(
-        'beit_plugin_tiny_patch16_224_mim', 'tiny', pretrained, BeitForMaskedImageModeling, kwargs
-    )
+    return _create_mim('beit_plugin_tiny_patch16_224_mim', 'tiny', pretrained, BeitForMaskedImageModeling, kwargs)
 
 
 @register_model
 def beit_plugin_small_patch16_224_mim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT small for masked image modelling, 224 pixels, patch 16, 8192 visual tokens."""
-    return _create_mim(
-        'beit_plugin_small_patch16_224_mim', 'small', pretrained, BeitForMaskedImageModeling, kwargs
-    )
+    return _create_mim('beit_plugin_small_patch16_224_mim', 'small', pretrained, BeitForMaskedImageModeling, kwargs)
 
 
 @register_model
 def beit_plugin_base_patch16_224_mim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT base for masked image modelling, 224 pixels, patch 16, 8192 visual tokens."""
-    return _create_mim(
-        'beit_plugin_base_patch16_224_mim', 'base', pretrained, BeitForMaskedImageModeling, kwargs
-    )
+    return _create_mim('beit_plugin_base_patch16_224_mim', 'base', pretrained, BeitForMaskedImageModeling, kwargs)
 
 
 @register_model
 def beit_plugin_large_patch16_224_mim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT large for masked image modelling, 224 pixels, patch 16, 8192 visual tokens."""
-    return _create_mim(
-        'beit_plugin_large_patch16_224_mim', 'large', pretrained, BeitForMaskedImageModeling, kwargs
-    )
+    return _create_mim('beit_plugin_large_patch16_224_mim', 'large', pretrained, BeitForMaskedImageModeling, kwargs)
 
 
 @register_model
 def beitv2_plugin_base_patch16_224_mim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT v2 base for masked image modelling, 224 pixels, patch 16, 8192 visual tokens."""
-    return _create_mim(
-        'beitv2_plugin_base_patch16_224_mim', 'base', pretrained, BeitV2ForMaskedImageModeling, kwargs
-    )
+    return _create_mim('beitv2_plugin_base_patch16_224_mim', 'base', pretrained, BeitV2ForMaskedImageModeling, kwargs)
 
 
 @register_model
 def beitv2_plugin_large_patch16_224_mim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT v2 large for masked image modelling, 224 pixels, patch 16, 8192 visual tokens."""
-    return _create_mim(
-        'beitv2_plugin_large_patch16_224_mim', 'large', pretrained, BeitV2ForMaskedImageModeling, kwargs
-    )
+    return _create_mim('beitv2_plugin_large_patch16_224_mim', 'large', pretrained, BeitV2ForMaskedImageModeling, kwargs)
 
 
 @register_model

@@ -128,6 +128,10 @@ class TestFolders:
                 lambda root: write(root / 'annotations/val/2.png', np.zeros((40, 44))),
                 '2.png is 44 x 40 pixels, but its image .*val/2.jpg is 48 x 40',
             ),
+            (
+                lambda root: [write(p, np.zeros((1, 48))) for p in root.glob('*/val/2.*')],
+                'val/2.jpg is 48 x 1 pixels, expected at least 2 x 2: enlarge or remove it',
+            ),
             (lambda root: turn(root / 'images/val/2.jpg'), '2.png is 48 x 40 pixels, but its image .*2.jpg is 40 x 48'),
             (lambda root: write16(root / 'annotations/val/2.png', 256), '2.png has label 256: labels are 0 to 254'),
             (

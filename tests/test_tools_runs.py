@@ -123,6 +123,34 @@ class TestRuns:
         assert tested.splitlines()[-1].split()[:2] == again.splitlines()[-1].split()[:2] and 'resume' not in again
         assert float(multi) > 0
 
+    def test_a_configuration_unlike_ours(self, tmp_path):
+        image_folder(tmp_path / 'data', ('training', 'validation'), values=(0, 1, 7))
+        (tmp_path / 'config.py').write_text(
+            f"""_base_ = {str(SHAPES_CONFIG)!r}
+model = dict(data_preprocessor=dict(size=None, size_divisor=32), backbone=dict(add_fpn=True), neck=None)
+train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=1)
+train_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(type='DefaultSampler'),
+    dataset=dict(_delete_=True, type='RepeatDataset', times=2, dataset={{{{_base_.train_dataloader.dataset}}}}),
+)
+val_dataloader = val_cfg = val_evaluator = None
+test_evaluator = dict(iou_metrics=['mFscore'])
+default_hooks = dict(checkpoint=dict(by_epoch=True, interval=1))
+log_processor = dict(by_epoch=True)
+"""
+        )
+        common = ('config.py', '--data-root', 'data', '--work-dir', 'work')
+        trained = run(ROOT / 'tools/train.py', *common, cwd=tmp_path)
+        assert 'BEiTBackbone + BEiTUPerHead, ' in trained and '  5 training images\n' in trained
+        assert trained.splitlines()[-1] == f'no mIoU after 1 epoch, checkpoint {tmp_path / "work" / "epoch_1.pth"}'
+        tested = run(ROOT / 'tools/test.py', 'config.py', 'work/epoch_1.pth', *common[1:], cwd=tmp_path)
+        assert re.match(r'aAcc [\d.]+, mFscore [\d.]+, .* \(single-scale\), checkpoint', tested.splitlines()[-1])
+        options = ('--cfg-options', 'default_hooks.checkpoint=None')
+        unsaved = run(ROOT / 'tools/train.py', *common[:-1], 'none', *options, cwd=tmp_path)
+        assert unsaved.splitlines()[-1] == 'no mIoU after 1 epoch, no checkpoint in none'
+
     @staticmethod
     def wrong_checkpoints(config: Path, good: Path, folder: Path) -> None:
         """Files that fit in part are refused, at one scale and with the augmentations around the model."""

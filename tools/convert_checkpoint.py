@@ -12,10 +12,10 @@ from typing import Any
 from data_folders import DataError
 from run_common import run
 
-DIALECTS = 'native, timm, unilm, openmmlab (our backbone in OpenMMLab), mmseg, mmpretrain, transformers, transformers-v5'
+DIALECTS = 'native, timm, unilm, openmmlab (our parts in mmseg), mmseg, mmpretrain, transformers, transformers-v5'
 EXAMPLES = """examples:
   python tools/convert_checkpoint.py beit_base_patch16_640_pt22k_ft22ktoade20k.pth ade.pth --to mmseg
-  python tools/convert_checkpoint.py iter_160000.pth FOLDER --to transformers
+  python tools/convert_checkpoint.py iter_160000.pth FOLDER --to transformers --out-indices 1 3 5 9
   python tools/convert_checkpoint.py microsoft/beit-base-patch16-224-pt22k beit.pth --to timm --drop mask_token lm_head
 """
 
@@ -30,6 +30,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--drop', nargs='+', default=[], metavar='NAME', help='leave out, such as head or decode_head')
     parser.add_argument(
         '--grid', nargs=2, type=int, metavar=('H', 'W'), help='patches of its native size, where that was not square'
+    )
+    parser.add_argument(
+        '--out-indices',
+        nargs=4,
+        type=int,
+        metavar='N',
+        help='for the folder of a segmentor: blocks that it reads, counted from 0, where SRC does not say it',
     )
     parser.add_argument('--num-heads', type=int, metavar='K', help='for a folder, where no bias table tells it')
     return parser.parse_args()
@@ -61,11 +68,14 @@ def write_folder(args: argparse.Namespace, source: Any) -> None:
         if heads is None:
             raise DataError('the checkpoint has no bias table that tells the number of heads: give it by --num-heads.')
         arguments['num_heads'] = heads
-        if 'decode_head' in what.parts and 'decode_head' in args.drop:
-            raise DataError('a folder holds a whole model: convert to a file to leave parts out.')
+        if what.task == 'segmentor':
+            arguments['decoder_drop_rate'] = 0.0  # the heads of transformers have no dropout
+            if args.out_indices:
+                arguments['out_indices'] = tuple(args.out_indices)
     model = build(what.task, arguments, 'cls_pt_layers' in what.parts)
     load(model, source.state_dict, drop=args.drop, grid=what.grid)
-    save(model, args.target, dialect=args.to, drop=args.drop)
+    raw = None if source.config is None else source.config.raw
+    save(model, args.target, dialect=args.to, drop=args.drop, config=raw)
 
 
 def main() -> None:
@@ -91,7 +101,7 @@ def main() -> None:
     except OSError as error:
         raise DataError(f'{args.target} cannot be written: {error.strerror}.') from error
     print(f'{args.target}: the {found.task} of {found.dialect} as {args.to}')
-    taps = source.config.arguments.get('out_indices') if source.config is not None else None
+    taps = None if source.config is None else source.config.taps
     if found.task == 'segmentor' and taps is not None:
         print(f'it reads the outputs of blocks {taps}, counted from 0: set out_indices so')
 

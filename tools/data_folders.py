@@ -96,7 +96,7 @@ def label_values(pairs: Iterable[tuple[Path, Path]]) -> dict[int, Path]:
     """Every value in the labels of these pairs of image and label, with the first label that has it.
 
     Raises:
-        DataError: a file cannot be read, or image and label differ in size.
+        DataError: a file cannot be read, image and label differ in size, or have a side of a single pixel.
     """
     found: dict[int, Path] = {}
     for image, path in pairs:
@@ -107,6 +107,8 @@ def label_values(pairs: Iterable[tuple[Path, Path]]) -> dict[int, Path]:
                 f'{path} is {label.shape[1]} x {label.shape[0]} pixels, but its image {image} is {size[1]} x {size[0]} '
                 '(after its EXIF rotation): they must have one size.'
             )
+        if min(size) < 2:  # mmsegmentation drops such a side of the label when it reads it
+            raise DataError(f'{image} is {size[1]} x {size[0]} pixels, expected at least 2 x 2: enlarge or remove it.')
         for value in np.unique(label):
             found.setdefault(int(value), path)
     return found

@@ -178,16 +178,16 @@ def to_native(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
             raise CheckpointError(f'{whole} needs q, k and v, but {", ".join(missing)} is missing')
         kinds = {f'{tensor.dtype} {tuple(tensor.shape)}' for tensor in found.values()}
         if len(kinds) > 1:
-            raise CheckpointError(f'q, k and v of {whole} must have one shape and dtype, got {", ".join(sorted(kinds))}')
+            raise CheckpointError(
+                f'q, k and v of {whole} must have one shape and dtype, got {", ".join(sorted(kinds))}'
+            )
         if whole in native:
             raise CheckpointError(f'{whole} is there whole and in parts; one of the two must go')
         native[whole] = torch.cat([found[part] for part in _PARTS])
     return native, {name: tensor for name, tensor in state_dict.items() if name not in targets}
 
 
-def table_grid(
-    rows: int, grid: tuple[int, int] | None = None, model: tuple[int, int] | None = None
-) -> tuple[int, int]:
+def table_grid(rows: int, grid: tuple[int, int] | None = None, model: tuple[int, int] | None = None) -> tuple[int, int]:
     """The (h, w) grid that a bias table of so many rows belongs to.
 
     Args:
@@ -273,9 +273,8 @@ def from_native(
         elif name != 'stages':  # which blocks a segmentor reads is a matter of configuration everywhere else
             homeless.append(name)
     if homeless:
-        raise CheckpointError(
-            f'{_AN.get(task, "a")} {task} of {dialect} has no place for {some(homeless)}; name what to leave out by drop='
-        )
+        whose = f'{_AN.get(task, "a")} {task} of {dialect}'
+        raise CheckpointError(f'{whose} has no place for {some(homeless)}; name what to leave out by drop=')
     if host.index:
         for name in [name for name in result if name.endswith(TABLE)]:
             h, w = table_grid(result[name].shape[0], grid)

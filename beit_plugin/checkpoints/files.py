@@ -20,7 +20,7 @@ from .convert import CheckpointError, StateDict
 
 __all__ = ['open_wrappers', 'read_metadata', 'read_state_dict', 'write_atomically', 'write_state_dict']
 
-# the names under which trainers store weights, in the order in which they are looked for: averaged ones first, as in timm
+# the names under which trainers store weights, in the order in which they are looked for: averages first, as in timm
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')
 _PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and torch.compile
 

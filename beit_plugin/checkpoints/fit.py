@@ -30,6 +30,7 @@ from .tables import DIALECTS
 __all__ = ['Fitted', 'accept_any_dialect', 'encoder_of', 'fit', 'own_names', 'part_of', 'resize']
 
 _logger = logging.getLogger(__name__)
+_NOTHING = dropper(())
 
 # what a checkpoint or a model may have for one task and another be without; all else is the encoder
 PARTS = (
@@ -158,7 +159,7 @@ def fit(
     model: nn.Module,
     grid: tuple[int, int] | None = None,
     out_indices: Sequence[int] | None = None,
-    leave_out: re.Pattern[str] = dropper(()),
+    leave_out: re.Pattern[str] = _NOTHING,
 ) -> Fitted:
     """Takes a state dict of any dialect at any resolution to the names and sizes of ``model``.
 

@@ -50,6 +50,14 @@ class HFConfig(NamedTuple):
     arguments: dict[str, Any]
     raw: dict[str, Any]
 
+    @property
+    def taps(self) -> tuple[int, ...] | None:
+        """Blocks whose outputs a segmentor or backbone reads, from 0, -1 for the embeddings; None for others."""
+        if 'out_indices' in self.arguments:
+            return self.arguments['out_indices']
+        names = self.arguments.get('out_features')
+        return names and tuple(int(name.replace('stem', 'stage0').removeprefix('stage')) - 1 for name in names)
+
 
 def read_config(source: str | Path | Mapping[str, Any]) -> HFConfig:
     """Reads a configuration; options that it leaves out have the defaults of ``BeitConfig``.
@@ -216,7 +224,7 @@ def _means(options: Mapping[str, Any], task: Task, meaning: dict[str, Any]) -> b
 
 
 def _task_of(model: Any) -> Task:
-    if hasattr(model, 'decode_head') and hasattr(model, 'backbone'):
+    if hasattr(model, 'pyramid'):  # mmsegmentation's has a neck
         return 'segmentor'
     if not hasattr(model, 'rel_pos_resize'):  # timm's Beit has none
         raise CheckpointError(f'a {type(model).__name__} is none of the models that transformers and we have')

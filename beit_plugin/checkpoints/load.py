@@ -91,7 +91,7 @@ def _load(
     model: nn.Module, name: str, state_dict: StateDict, drop: Sequence[str], grid: tuple[int, int] | None, config: Any
 ) -> LoadReport:
     leave_out = dropper(drop)
-    out_indices = None if config is None else config.arguments.get('out_indices')
+    out_indices = None if config is None else config.taps
     fitted = fit(state_dict, model, grid, out_indices, leave_out)
     own = own_names(model)
     ours = {theirs: our for our, theirs in own.items()}
@@ -137,7 +137,12 @@ def _blocks(stages: Sequence[int]) -> tuple[int, ...]:
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, dialect: str = 'native', drop: Sequence[str] = ()
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    dialect: str = 'native',
+    drop: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Saves the parameters of a model in any dialect; each file appears whole or not at all.
 
@@ -146,6 +151,8 @@ def save(
         path: a file, safetensors by that suffix, else torch's format. For ``transformers`` also a folder (a path
             without suffix), which its ``from_pretrained`` reads: it gets the configuration too.
         dialect: one of ``tables.DIALECTS``; ``native`` keeps the names of the model.
+        config: configuration of transformers that the model was made from; what a model does not know (names of labels,
+            options of other tasks) is taken from it.
         drop: our names to leave out, such as ``('mask_token', 'lm_head')`` for dialects that have no place for them.
 
     Raises:
@@ -168,7 +175,7 @@ def save(
         return
     if dialect != 'transformers':
         raise CheckpointError(f'{path} has no suffix; give a file name in .safetensors or .pth')
-    config = json.dumps(write_config(model), indent=2, sort_keys=True) + '\n'
+    text = json.dumps(write_config(model, config), indent=2, sort_keys=True) + '\n'
     path.mkdir(parents=True, exist_ok=True)
     write_state_dict(state, path / 'model.safetensors', metadata)
-    write_atomically(path / 'config.json', lambda temporary: Path(temporary).write_text(config))
+    write_atomically(path / 'config.json', lambda temporary: Path(temporary).write_text(text))

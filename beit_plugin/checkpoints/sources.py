@@ -144,4 +144,3 @@ def _grid_in(path: Path) -> tuple[int, int] | None:
     """What ``save`` notes in a safetensors file."""
     match = re.fullmatch(r'(\d{1,4})x(\d{1,4})', read_metadata(path).get('grid', ''))
     return (int(match[1]), int(match[2])) if match else None
-

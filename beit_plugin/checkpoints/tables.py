@@ -67,8 +67,7 @@ def _under(prefix: str, rows: tuple[Row, ...], ours: str = '') -> tuple[Row, ...
 
 # mmsegmentation 1.2.2, Feature2Pyramid; ours has the same names
 _PYRAMID: tuple[Row, ...] = tuple(
-    (name, name)
-    for name in ('upsample_4x.0.{p}', 'upsample_4x.1.{b}', 'upsample_4x.3.{p}', 'upsample_2x.0.{p}')
+    (name, name) for name in ('upsample_4x.0.{p}', 'upsample_4x.1.{b}', 'upsample_4x.3.{p}', 'upsample_2x.0.{p}')
 )
 # unilm beit/semantic_segmentation/backbone/beit.py, and transformers on disk
 _FPN: tuple[Row, ...] = tuple(
@@ -147,7 +146,7 @@ _OPENMMLAB: tuple[Row, ...] = (
     *_under('layers.{i}.', _BLOCK, 'blocks.{i}.'),
 )
 
-# --- OpenMMLab: mmsegmentation 1.2.2 mmseg/models/backbones/beit.py, mmpretrain 1.2.0 mmpretrain/models/backbones/beit.py
+# --- OpenMMLab: mmsegmentation 1.2.2 and mmpretrain 1.2.0, each models/backbones/beit.py ------------------------------
 
 _MM_BLOCK: tuple[Row, ...] = (
     ('gamma_1', 'gamma_1'),

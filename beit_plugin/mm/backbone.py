@@ -4,6 +4,7 @@ A config changes one word. What mmsegmentation 1.2.2's class cannot do is added:
 inside, stage names, every checkpoint dialect, gradient checkpointing.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from ..checkpoints import CheckpointError, load
 from ..checkpoints.fit import accept_any_dialect
 from ..checkpoints.sources import read_source
 from ..models.backbone import BeitBackbone
-from ..models.block import Block
+from ..models.block import Block, activation
 from ..models.resample import ResizeRule
 from .norm import SYNC_BN, NormFactory
 
@@ -29,10 +30,26 @@ __all__ = ['BEiTBackbone']
 
 
 def _layer_norm_eps(norm_cfg: dict[str, Any]) -> float:
-    unknown = set(norm_cfg) - {'type', 'eps', 'requires_grad'}
-    if norm_cfg.get('type') != 'LN' or unknown or not norm_cfg.get('requires_grad', True):
+    known = isinstance(norm_cfg, Mapping) and set(norm_cfg) <= {'type', 'eps', 'requires_grad'}
+    if not known or norm_cfg.get('type') != 'LN' or not norm_cfg.get('requires_grad', True):
         raise ValueError(f"BEiT normalises with LayerNorm: norm_cfg must be dict(type='LN', eps=...), got {norm_cfg}")
     return norm_cfg.get('eps', 1e-5)  # the default of torch, which mmsegmentation's class uses
+
+
+def _build_activation(act_cfg: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(act_cfg, Mapping) or 'type' not in act_cfg:
+        raise ValueError(f"act_cfg must be a dict with a type, such as dict(type='GELU'), got {act_cfg!r}")
+    cfg = dict(act_cfg)
+    with MODELS.switch_scope_and_registry(None) as registry:
+        known = inspect.isclass(cfg['type']) or registry.get(cfg['type']) is not None
+    if known:
+        return build_activation_layer(cfg)
+    name = cfg.pop('type')
+    try:
+        layer = activation(name.lower())
+    except ValueError as error:
+        raise ValueError(f'act_cfg names the activation {name!r}, which neither mmcv nor timm knows') from error
+    return layer(**cfg)
 
 
 @MODELS.register_module()
@@ -45,14 +62,15 @@ class BEiTBackbone(BeitBackbone):
             drop_path_rate, init_values: as mmsegmentation's ``BEiT``.
         qv_bias: learn biases of query and value.
         norm_cfg: ``dict(type='LN', eps=...)``.
-        act_cfg: ``dict(type='GELU')`` or another activation that mmcv knows, with its arguments.
+        act_cfg: ``dict(type='GELU')`` or another activation that mmcv or timm knows, with its arguments.
         patch_norm, final_norm: LayerNorm after the patch embedding, after the last block.
         num_fcs: layers of the MLP; only 2.
         norm_eval: keep norm layers in eval mode while training.
         pretrained, init_cfg: a checkpoint of any dialect, given the short or the long way; mmengine's other
             initialisers work too.
         use_rel_pos_bias, use_shared_rel_pos_bias: bias tables of each layer, or one for all (not both).
-        use_abs_pos_emb, use_mask_token, rel_pos_resize, attn_backend: as ``models.beit.Beit``.
+        use_abs_pos_emb, use_mask_token, rel_pos_resize, attn_backend, pos_drop_rate, proj_drop_rate, init_std: as
+            ``models.beit.Beit``.
         out_features, add_fpn, reshape_hidden_states: as ``models.backbone.BeitBackbone``.
         fpn_norm_cfg: norm of the pyramid inside.
         with_cp: recompute blocks in the backward pass to save memory.
@@ -90,6 +108,9 @@ class BEiTBackbone(BeitBackbone):
         use_mask_token: bool = False,
         rel_pos_resize: ResizeRule = 'geometric',
         attn_backend: str = 'auto',
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        init_std: float = 0.02,
         out_features: Sequence[str] | None = None,
         add_fpn: bool = False,
         reshape_hidden_states: bool = True,
@@ -106,7 +127,8 @@ class BEiTBackbone(BeitBackbone):
         if pretrained is not None and init_cfg is not None:
             raise ValueError('give a checkpoint by pretrained or by init_cfg, not by both')
         super().__init__(
-            img_size=img_size if isinstance(img_size, int) else _pair(img_size),
+            # mmsegmentation takes a list of one number as well
+            img_size=tuple(img_size) * 2 if isinstance(img_size, Sequence) and len(img_size) == 1 else img_size,
             patch_size=patch_size,
             in_chans=in_channels,
             embed_dim=embed_dims,
@@ -116,12 +138,15 @@ class BEiTBackbone(BeitBackbone):
             out_indices=out_indices,
             out_features=out_features,
             qkv_bias=qv_bias,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
             norm_eps=_layer_norm_eps(norm_cfg),
             patch_norm=patch_norm,
             final_norm=final_norm,
             init_values=init_values,
+            init_std=init_std,
             use_rel_pos_bias=use_rel_pos_bias,
             use_shared_rel_pos_bias=use_shared_rel_pos_bias,
             use_abs_pos_emb=use_abs_pos_emb,
@@ -135,7 +160,7 @@ class BEiTBackbone(BeitBackbone):
         # mmsegmentation's layer decay constructors know blocks by this name only
         self.layers = cast(nn.ModuleList, self._modules.pop('blocks'))
         for block in cast(list[Block], self.layers):
-            block.mlp.act = build_activation_layer(act_cfg)
+            block.mlp.act = _build_activation(act_cfg)
         self.set_grad_checkpointing(with_cp)
         self.norm_eval = norm_eval
         self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
@@ -189,10 +214,3 @@ class BEiTBackbone(BeitBackbone):
     def forward(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, ...]:
         """Images (B, in_channels, H, W) of any size to the tuple of maps (B, embed_dims, h, w)."""
         return super().forward(x, bool_masked_pos)
-
-
-def _pair(size: Sequence[int]) -> tuple[int, int]:
-    sides = tuple(size) * 2 if len(size) == 1 else tuple(size)
-    if len(sides) != 2:
-        raise ValueError(f'img_size must be one or two numbers (H, W), got {size}')
-    return sides

@@ -61,7 +61,7 @@ def to_openmmlab(checkpoint: Any, out_indices: tuple[int, ...] | None = None) ->
 def _local(filename: str, map_location: Any = None) -> Any:
     if os.path.isdir(filename) or filename.endswith('.safetensors'):
         source = read_source(filename)
-        taps = None if source.config is None else source.config.arguments.get('out_indices')
+        taps = None if source.config is None else source.config.taps
         return to_openmmlab({'state_dict': source.state_dict, 'meta': {}}, taps)
     return to_openmmlab(load_from_local(filename, map_location))
 

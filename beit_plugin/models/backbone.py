@@ -5,7 +5,8 @@ the stage names of transformers' ``BeitBackbone``, where ``stem`` is the embeddi
 blocks. So ``out_indices=(3, 5)`` and ``out_features=('stage4', 'stage6')`` are the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,11 @@ def resolve_stages(
     if out_indices in ((), []) or out_features in ((), []):
         raise ValueError('out_indices and out_features must name at least one stage; leave them out for the last one')
     if out_indices is not None:
-        indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        indices = tuple(out_indices) if isinstance(out_indices, Iterable) else (out_indices,)
+        if not all(isinstance(i, Integral) for i in indices):
+            raise ValueError(
+                f'out_indices are numbers of blocks, the first is 0, got {out_indices!r}; name stages by out_features'
+            )
         wrong = [i for i in indices if not -depth <= i < depth]
         if wrong:
             raise ValueError(

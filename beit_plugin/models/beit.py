@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionBackend
 from .block import Block, activation
+from .checks import check_numbers, head_mask_by_layer
 from .embed import BeitPatchEmbed, check_mask
 from .relative_position import BiasGeometry, RelativePositionBias, bias_geometry
 from .resample import ResizeRule, check_rule, resize_abs_pos_embed
@@ -117,9 +118,15 @@ class Beit(TimmInterface):
     ) -> None:
         super().__init__()
         check_rule(rel_pos_resize)
-        rates = (drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate, drop_path_rate)
-        if in_chans < 1 or not all(0 <= rate < 1 for rate in rates):
-            raise ValueError(f'in_chans must be above 0 and drop rates at least 0 and below 1, got {in_chans}, {rates}')
+        check_numbers(
+            in_chans,
+            init_std,
+            drop_rate=drop_rate,
+            pos_drop_rate=pos_drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         norm_layer = partial(LayerNorm, eps=norm_eps)
         self.in_chans = in_chans
@@ -248,7 +255,8 @@ class Beit(TimmInterface):
         Returns:
             Tokens (B, N, C), the grid (h, w), the states by stage, the attention weights by block.
         """
-        masks = self._head_masks(head_mask)
+        heads = cast(Block, self.blocks[0]).attn.num_heads if len(self.blocks) else 0
+        masks = head_mask_by_layer(head_mask, len(self.blocks), heads)
         x, grid = self.embed(x, bool_masked_pos)
         bias = self.position_bias(grid, x.device)
         x, states, attentions = self.run_layers(self.blocks[:num_blocks], x, bias, masks, stages, output_attentions)
@@ -315,15 +323,3 @@ class Beit(TimmInterface):
         x = self.norm(x)
         pooled = self.forward_head(x, pre_logits=True) if self.global_pool else None
         return BeitOutput(x, pooled, tuple(states.values()), tuple(attentions), grid)
-
-    def _head_masks(self, head_mask: Tensor | None) -> list[Tensor | None]:
-        depth, heads = len(self.blocks), cast(Block, self.blocks[0]).attn.num_heads if len(self.blocks) else 0
-        if head_mask is None:
-            return [None] * depth
-        if not isinstance(head_mask, Tensor):
-            raise ValueError(f'head_mask must be a torch tensor, got {type(head_mask).__name__}; use torch.as_tensor')
-        if tuple(head_mask.shape) not in ((heads,), (depth, heads)):
-            raise ValueError(
-                f'head_mask must have shape ({heads},) or ({depth}, {heads}), got {tuple(head_mask.shape)}'
-            )
-        return list(head_mask.expand(depth, heads))

@@ -18,7 +18,15 @@ __all__ = ['Block', 'activation']
 
 
 def activation(name: str | Callable) -> Callable[..., Any]:
-    """Makes an activation layer from ``gelu``, ``relu``, ``selu``, ``gelu_new``, timm's other names, or a callable."""
+    """A factory of activation layers.
+
+    Args:
+        name: ``gelu``, ``relu``, ``selu``, ``gelu_new`` or another name that timm knows; a module class, also with
+            arguments bound by ``functools.partial``; a function.
+
+    Raises:
+        ValueError: an unknown name, or nothing that can be called.
+    """
     if isinstance(name, str):
         try:
             # gelu_new is the tanh approximation, in the words of transformers
@@ -28,7 +36,10 @@ def activation(name: str | Callable) -> Callable[..., Any]:
         if layer is None:
             raise ValueError(f'act_layer must be an activation that timm knows (gelu, relu, selu, ...), got {name!r}')
         return layer
-    return name if isinstance(name, type) else partial(_Function, name)
+    if not callable(name):
+        raise ValueError(f'act_layer must be the name of an activation, a module class or a function, got {name!r}')
+    makes_modules = isinstance(name.func if isinstance(name, partial) else name, type)
+    return name if makes_modules else partial(_Function, name)
 
 
 class _Function(nn.Module):
@@ -77,8 +88,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio), act_layer=act_layer, drop=(0.0, proj_drop), **dd)  # type: ignore
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.init_values = init_values
-        self.gamma_1 = nn.Parameter(torch.full((dim,), init_values, **dd)) if init_values else None
-        self.gamma_2 = nn.Parameter(torch.full((dim,), init_values, **dd)) if init_values else None
+        self.gamma_1 = nn.Parameter(torch.full((dim,), float(init_values), **dd)) if init_values else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), float(init_values), **dd)) if init_values else None
 
     def forward(
         self,

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor
 
+from .checks import height_and_width
+
 __all__ = ['BeitPatchEmbed', 'check_mask']
 
 
@@ -21,12 +23,14 @@ class BeitPatchEmbed(PatchEmbed):
     img_size: tuple[int, int]
     grid_size: tuple[int, int]
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, flatten=False, strict_img_size=False, dynamic_img_pad=True, **kwargs)
+    def __init__(self, img_size: int | tuple[int, int], patch_size: int | tuple[int, int], *args, **kwargs) -> None:
+        patch_size = height_and_width('patch_size', patch_size)
+        kwargs.update(flatten=False, strict_img_size=False, dynamic_img_pad=True)
+        super().__init__(img_size, patch_size, *args, **kwargs)  # type: ignore[arg-type]
 
     def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], int]:
         """Native size, its grid with the patches at the edges counted whole as ``forward`` does, and their number."""
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size or (0, 0)
+        height, width = height_and_width('img_size', img_size)
         ph, pw = self.patch_size
         if height < ph or width < pw:
             raise ValueError(f'img_size must be at least one {ph}x{pw} patch, got {img_size}')

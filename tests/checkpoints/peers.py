@@ -140,7 +140,8 @@ def _hf_cases(dialect):
             lambda: beit(global_pool='token', use_shared_rel_pos_bias=True, use_mask_token=True, use_abs_pos_emb=True),
             lambda m, x: [m(x, bool_masked_pos=MASK).last_hidden_state], dialect,
             lambda m, x: [m.encode(x, MASK).last_hidden_state],
-            use_mean_pooling=False, use_absolute_position_embeddings=True, **{**shared, 'use_relative_position_bias': True},
+            use_mean_pooling=False, use_absolute_position_embeddings=True,
+            **{**shared, 'use_relative_position_bias': True},
         ),
         f'{dialect}/classifier': _hf(
             'BeitForImageClassification', 'classifier', lambda: beit(num_classes=CLASSES), lambda m, x: [m(x).logits],
@@ -200,8 +201,8 @@ def mmseg_segmentor(ours=False, **options):
     return MODELS.build(dict(
         type='mmseg.EncoderDecoder',
         data_preprocessor=dict(type='mmseg.SegDataPreProcessor'),
-        backbone=dict(type=names[0], img_size=(SIZE, SIZE), embed_dims=DIM, num_layers=DEPTH, num_heads=HEADS, mlp_ratio=2,
-                      out_indices=TAPS, norm_cfg=dict(type='LN', eps=1e-6), **options),
+        backbone=dict(type=names[0], img_size=(SIZE, SIZE), embed_dims=DIM, num_layers=DEPTH, num_heads=HEADS,
+                      mlp_ratio=2, out_indices=TAPS, norm_cfg=dict(type='LN', eps=1e-6), **options),
         neck=dict(type=names[1], embed_dim=DIM, rescales=[4, 2, 1, 0.5], norm_cfg=bn),
         decode_head=dict(type=names[2], in_channels=[DIM] * 4, in_index=[0, 1, 2, 3], **head),
         auxiliary_head=dict(type='mmseg.FCNHead', in_channels=DIM, in_index=2, num_convs=1, concat_input=True,
@@ -277,10 +278,12 @@ PEERS: dict[str, Case] = {
         mmseg_backbone, backbone, outputs, outputs, 'mmseg', 'encoder', needs=('mmseg',)
     ),
     'mmseg/segmentor': Case(
-        mmseg_segmentor, lambda: segmentor(out_indices=TAPS), raw_logits, outputs, 'mmseg', 'segmentor', needs=('mmseg',)
+        mmseg_segmentor, lambda: segmentor(out_indices=TAPS), raw_logits, outputs, 'mmseg', 'segmentor',
+        needs=('mmseg',),
     ),
     'mmseg/segmentor into EncoderDecoder': Case(
-        mmseg_segmentor, lambda: mmseg_segmentor(ours=True), raw_logits, raw_logits, 'mmseg', 'segmentor', needs=('mmseg',)
+        mmseg_segmentor, lambda: mmseg_segmentor(ours=True), raw_logits, raw_logits, 'mmseg', 'segmentor',
+        needs=('mmseg',),
     ),
     'mmpretrain/encoder': Case(mmpretrain_vit, beit, outputs, outputs, 'mmpretrain', 'encoder', needs=MM),
     'mmpretrain/classifier': Case(

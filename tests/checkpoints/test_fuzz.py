@@ -39,7 +39,9 @@ def damage(draw, state):
         if name not in state:
             continue
         tensor = state[name]
-        kind = draw(st.sampled_from(['drop', 'rename', 'double', 'cut', 'turn', 'swap case', 'other number', 'integers']))
+        kind = draw(
+            st.sampled_from(['drop', 'rename', 'double', 'cut', 'turn', 'swap case', 'other number', 'integers'])
+        )
         done.append((kind, name))
         if kind == 'drop':
             del state[name]

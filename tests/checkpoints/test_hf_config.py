@@ -232,9 +232,8 @@ def test_the_old_name_of_out_indices():
         assert written['out_indices'] == [2, 4] and written['out_features'] == ['stage2', 'stage4']
         assert 'segmentation_indices' not in written
         assert BeitConfig(**written).out_indices == BeitConfig(**raw).out_indices
-    assert read_config({**raw, 'out_indices': [3], 'architectures': ['BeitBackbone']}).arguments['out_features'] == (
-        'stage3',
-    )
+    both = read_config({**raw, 'out_indices': [3], 'architectures': ['BeitBackbone']})
+    assert both.arguments['out_features'] == ('stage3',)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +295,11 @@ def test_taps_of_the_segmentor(indices):
     maps = count_blocks(ours.backbone)(x)
     assert [m.unique().tolist() for m in maps] == [m.unique().tolist() for m in theirs.fpn.maps]
     assert [m.unique().tolist() for m in maps] == [[float((i - 1) % 7)] for i in indices]
+
+
+def test_taps_of_the_published_segmentors():
+    arguments = read_config(contents(config('segmentor', num_hidden_layers=12, out_indices=[3, 5, 7, 11]))).arguments
+    assert arguments['out_indices'] == (1, 3, 5, 9) and 'out_features' not in arguments
 
 
 @pytest.mark.parametrize('taps', [dict(out_indices=[0, 2, 4]), dict(out_features=['stem', 'stage3']), {}])

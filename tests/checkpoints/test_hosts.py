@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 import beit_plugin  # noqa: F401  registers
 from beit_plugin.checkpoints import CheckpointError, convert, load, save
 
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec('transformers') is None, reason='needs the extra: test')
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec('transformers') is None, reason='needs the extra: test'
+)
 needs_mmseg = pytest.mark.skipif(importlib.util.find_spec('mmseg') is None, reason="pip install 'beit-plugin[mmseg]'")
 SIZES = dict(img_size=32, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, mlp_ratio=2.0)
 SEGMENTOR = 'beit_plugin_tiny_patch16_640_upernet'
@@ -80,7 +82,7 @@ class TestStages:
     """Which blocks a segmentor reads is part of its function."""
 
     def test_the_checkpoint_decides(self, tmp_path, caplog):
-        case, theirs, _ = written('transformers/segmentor', tmp_path)
+        _, theirs, _ = written('transformers/segmentor', tmp_path)
         model = timm.create_model(SEGMENTOR, **SIZES, **HEAD).eval()
         built = model.backbone.stages
         report = load(model, tmp_path)
@@ -103,7 +105,7 @@ class TestStages:
 
     def test_the_same_numbers_mean_other_blocks_without_a_configuration(self, tmp_path, caplog):
         """The default (1, 1 + ...) of the model, counted as transformers counts."""
-        _, theirs, path = written('transformers/segmentor', tmp_path)
+        _, theirs, _ = written('transformers/segmentor', tmp_path)
         state = theirs.state_dict()
         model = timm.create_model(SEGMENTOR, **{**SIZES, 'depth': 12}, **HEAD)
         longer = {k.replace('layers.4', f'layers.{i}'): v for i in range(4, 12) for k, v in state.items()}
@@ -120,7 +122,9 @@ class TestStages:
     def test_a_configuration_that_says_otherwise(self, tmp_path):
         written('transformers/segmentor', tmp_path)
         model = mmseg_segmentor(ours=True)
-        with pytest.raises(CheckpointError, match=r'blocks \(0, 1, 2, 3\), this model those of \(0, 2, 3, 4\); build it'):
+        with pytest.raises(
+            CheckpointError, match=r'blocks \(0, 1, 2, 3\), this model those of \(0, 2, 3, 4\); build it'
+        ):
             load(model, tmp_path)
         report = load(model, tmp_path, drop=('stages',))
         assert report.out_indices == TAPS and not report.fresh
@@ -144,7 +148,7 @@ class TestOpenMMLab:
         for name in ('timm/encoder', 'transformers/mim', 'transformers/segmentor', 'mmpretrain/mim', 'mmseg/segmentor'):
             folder = tmp_path / name.replace('/', '-')
             folder.mkdir()
-            case, theirs, path = written(name, folder)
+            _, _, path = written(name, folder)
             backbone = dict(type='BEiTBackbone', img_size=(48, 80), embed_dims=DIM, num_layers=DEPTH, num_heads=HEADS,
                             mlp_ratio=2, out_indices=TAPS)  # fmt: skip
             model = MODELS.build({**backbone, 'init_cfg': dict(type='Pretrained', checkpoint=str(path))})
@@ -196,7 +200,7 @@ class TestOpenMMLab:
 @needs_transformers
 class TestFolders:
     def test_shards_and_bin(self, tmp_path):
-        case, theirs, path = written('transformers/classifier', tmp_path)
+        _, theirs, path = written('transformers/classifier', tmp_path)
         whole = disk_state(theirs, tmp_path)
         names = sorted(whole)
         path.unlink()
@@ -215,7 +219,7 @@ class TestFolders:
             load(model, tmp_path)
 
     def test_a_folder_without_weights(self, tmp_path):
-        with pytest.raises(CheckpointError, match='holds none of model.safetensors'):
+        with pytest.raises(CheckpointError, match=r'holds none of model\.safetensors'):
             load(timm.create_model(NAMES['encoder'][0], **SIZES), tmp_path)
 
     def test_non_square_grid_comes_from_the_configuration(self, tmp_path):
@@ -232,7 +236,9 @@ class TestFolders:
         native = timm.create_model(NAMES['encoder'][0], **{**sizes, 'img_size': (32, 48)})
         load(native, tmp_path)
         name = 'blocks.1.attn.relative_position_bias_table'
-        assert torch.equal(native.state_dict()[name], theirs.layers[1].relative_position_bias.relative_position_bias_table)
+        assert torch.equal(
+            native.state_dict()[name], theirs.layers[1].relative_position_bias.relative_position_bias_table
+        )
         native.set_input_size((48, 32))
         assert torch.equal(native.state_dict()[name], right.state_dict()[name])
         assert not torch.equal(native.state_dict()[name], wrong.state_dict()[name])

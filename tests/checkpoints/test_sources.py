@@ -95,7 +95,9 @@ class TestHub:
         assert read_source('timm/beit_base').config is None
 
     def test_no_weights(self, hub):
-        with pytest.raises(CheckpointError, match=r'timm/none is no file or folder here, and the hub did not give it \(404'):
+        with pytest.raises(
+            CheckpointError, match=r'timm/none is no file or folder here, and the hub did not give it \(404'
+        ):
             read_source('timm/none')
 
     def test_no_network(self, monkeypatch):
@@ -105,7 +107,9 @@ class TestHub:
             raise OSError('no route to host')
 
         monkeypatch.setattr(huggingface_hub, 'hf_hub_download', fail)
-        with pytest.raises(CheckpointError, match=r'the hub did not give it \(no route to host\); check the path or the id'):
+        with pytest.raises(
+            CheckpointError, match=r'the hub did not give it \(no route to host\); check the path or the id'
+        ):
             read_source('timm/beit')
 
 

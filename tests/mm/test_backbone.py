@@ -214,6 +214,29 @@ def test_activation_with_arguments():
     assert isinstance(act, torch.nn.LeakyReLU) and act.negative_slope == 0.5
 
 
+@pytest.mark.parametrize(
+    'act_cfg, expected',
+    [
+        (dict(type='SELU'), nn.SELU),  # mmcv lacks these two
+        (dict(type='gelu_new'), lambda: nn.GELU(approximate='tanh')),
+        (dict(type=nn.SELU), nn.SELU),
+        (dict(type='SiLU'), nn.SiLU),
+    ],
+)
+def test_activations_that_mmcv_lacks(act_cfg, expected):
+    act, x = backbone(act_cfg=act_cfg).layers[1].mlp.act, torch.randn(3, 5)
+    torch.testing.assert_close(act(x), expected()(x))
+
+
+def test_options_of_the_encoder():
+    model = backbone(pos_drop_rate=0.1, proj_drop_rate=0.2, init_std=0.05)
+    block = model.layers[1]
+    assert (model.pos_drop.p, block.attn.proj_drop.p, block.mlp.drop2.p) == (0.1, 0.2, 0.2)
+    for _ in range(2):
+        assert block.mlp.fc1.weight.std().item() == pytest.approx(0.05, rel=0.1)
+        model.init_weights()
+
+
 def test_shared_table_of_pre_training(tmp_path):
     source = randomize(Beit(img_size=48, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0, num_classes=0,
                             use_rel_pos_bias=False, use_shared_rel_pos_bias=True, use_mask_token=True))  # fmt: skip
@@ -279,7 +302,11 @@ def test_mask_token():
         (dict(use_shared_rel_pos_bias=True), 'use_rel_pos_bias and use_shared_rel_pos_bias exclude each other here'),
         (dict(norm_cfg=dict(type='BN')), r"with LayerNorm: norm_cfg must be dict\(type='LN', eps=...\)"),
         (dict(norm_cfg=dict(type='LN', momentum=1)), 'BEiT normalises with LayerNorm'),
-        (dict(img_size=(64, 64, 3)), r'img_size must be one or two numbers \(H, W\), got'),
+        (dict(norm_cfg=None), r"norm_cfg must be dict\(type='LN', eps=...\), got None"),
+        (dict(act_cfg=None), r"act_cfg must be a dict with a type, such as dict\(type='GELU'\), got None"),
+        (dict(act_cfg=dict(type='XU')), "act_cfg names the activation 'XU', which neither mmcv nor timm knows"),
+        (dict(img_size=(64, 64, 3)), r'img_size must be one or two whole numbers \(H, W\) of pixels above 0, got'),
+        (dict(img_size=None), r'img_size must be one or two whole numbers .*, got None'),
         (dict(out_indices=(1, 9)), r'out_indices \[9\] do not exist'),
         (dict(add_fpn=True, out_indices=(1,)), 'add_fpn needs exactly 4 out_indices, got 1'),
         (dict(add_fpn=True, fpn_norm_cfg=dict(type='XN')), "got norm type 'XN', which is not registered"),

@@ -1,6 +1,7 @@
 """Options, inputs and outputs of the encoder; test_beit_sizes.py and test_beit_modes.py have sizes and compilers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def test_published_sizes():
         ('selu', F.selu),
         ('gelu_new', lambda x: F.gelu(x, approximate='tanh')),
         (nn.SiLU, F.silu),
+        (partial(nn.GELU, approximate='tanh'), partial(F.gelu, approximate='tanh')),
+        (partial(F.leaky_relu, negative_slope=0.3), partial(F.leaky_relu, negative_slope=0.3)),
         (torch.tanh, torch.tanh),
     ],
 )
@@ -58,6 +61,8 @@ def test_activations(name, function):
 def test_unknown_activation():
     with pytest.raises(ValueError, match=r"act_layer must be an activation that timm knows .*, got 'foo'"):
         beit(act_layer='foo')
+    with pytest.raises(ValueError, match='name of an activation, a module class or a function, got None'):
+        beit(act_layer=None)
 
 
 def test_norm_eps():
@@ -123,6 +128,11 @@ def test_no_layer_scale(value):
     scaled = Beit(**TINY, num_classes=7, init_values=1.0).eval()
     scaled.load_state_dict(model.state_dict(), strict=False)
     assert torch.equal(scaled(X), model(X))
+
+
+def test_a_whole_number_as_layer_scale():
+    gamma = Beit(**TINY, init_values=1).blocks[0].gamma_1
+    assert gamma.dtype == torch.float32 and gamma.requires_grad and (gamma == 1).all()
 
 
 @pytest.mark.parametrize('shape', [(2, 15), (2, 3, 5)])

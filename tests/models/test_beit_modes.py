@@ -126,10 +126,21 @@ def test_export_with_dynamic_batch_height_and_width(options):
         assert relative_error(run(x), model(x)) < 1e-5, (batch, size)
 
 
-def test_export_at_the_native_size():
-    model = beit(**ALL)
-    program = torch.export.export(model, (images(48, 80),)).module()
-    assert relative_error(program(images(48, 80)), model(images(48, 80))) < 1e-6
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('size', [(48, 80), (70, 33)])
+def test_export_at_one_size(size, strict):
+    if strict and not hasattr(torch.compiler, 'is_exporting'):
+        pytest.skip('torch 2.6 does not tell a strict export from torch.compile')
+    model = beit(**ALL, depth=1)
+    program = torch.export.export(model, (images(*size),), strict=strict)
+    assert not any('beit_plugin' in str(node.target) for node in program.graph.nodes)
+    assert relative_error(program.module()(images(*size)), model(images(*size))) < 1e-6
+
+
+def test_export_where_torch_does_not_say_that_it_exports(monkeypatch):
+    monkeypatch.delattr(torch.compiler, 'is_exporting', raising=False)  # as torch 2.6
+    program = torch.export.export(beit(depth=1), (images(70, 33),), strict=False)
+    assert not any('beit_plugin' in str(node.target) for node in program.graph.nodes)
 
 
 @pytest.mark.filterwarnings('ignore:.torch.jit.trace(_method)?. is deprecated:FutureWarning')

@@ -1,0 +1,133 @@
+"""What tools/train.py and tools/test.py make of configurations unlike ours: wrapped data, other parts and loops."""
+
+import argparse
+import copy
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tools_common import SHAPES_CONFIG, image_folder
+
+if importlib.util.find_spec('mmseg') is None:
+    pytest.skip("needs the extra: pip install 'beit-plugin[mmseg]'", allow_module_level=True)
+
+import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
+
+from data_folders import DataError  # isort: skip
+from run_common import _summary, check_data, check_pretrained, evaluate, length, load_config  # isort: skip
+
+
+def shapes_config(**options: Any) -> Any:
+    """Our smallest configuration, with a model that takes no time to build."""
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(SHAPES_CONFIG)
+    cfg.model.backbone.update(embed_dims=16, num_heads=2)
+    cfg.model.neck.embed_dim = 16
+    cfg.model.decode_head.update(in_channels=[16] * 4, channels=8)
+    cfg.model.auxiliary_head.update(in_channels=16, channels=8)
+    cfg.work_dir = 'work'
+    cfg.merge_from_dict(options)
+    return cfg
+
+
+def repeated(dataset: Any) -> dict[str, Any]:
+    return dict(type='RepeatDataset', times=3, dataset=dataset)
+
+
+def joined(dataset: Any) -> dict[str, Any]:
+    return dict(type='ConcatDataset', datasets=[dataset, repeated(copy.deepcopy(dataset))])
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five images for training, five for validation."""
+    image_folder(tmp_path, ('training', 'validation'), values=(0, 1, 7))
+    return tmp_path
+
+
+@pytest.mark.usefixtures('mmseg_scope')
+class TestData:
+    @pytest.mark.parametrize(('wrap', 'count'), [(repeated, 5), (joined, 10)])
+    def test_wrapped(self, data, wrap, count):
+        cfg = shapes_config()
+        cfg.train_dataloader.dataset.data_root = str(data)
+        wrapped = wrap(cfg.train_dataloader.dataset)
+        assert check_data(wrapped) == count
+        (data / 'annotations/training/3.png').unlink()
+        with pytest.raises(DataError, match='1 of 5 images have no label'):
+            check_data(wrapped)
+
+    def test_data_root_reaches_wrapped_data_and_skips_absent_loaders(self, data, tmp_path):
+        cfg = shapes_config()
+        cfg.train_dataloader.dataset = joined(cfg.train_dataloader.dataset)
+        cfg.update(val_dataloader=None, val_cfg=None, val_evaluator=None)
+        cfg.pop('test_dataloader')
+        cfg.dump(tmp_path / 'cfg.py')
+        arguments = dict(config=tmp_path / 'cfg.py', cfg_options=None, launcher='none', work_dir=None, data_root=data)
+        cfg = load_config(argparse.Namespace(**arguments))
+        assert check_data(cfg.train_dataloader.dataset) == 10
+        with pytest.raises(DataError, match='has no test_dataloader: there is nothing to evaluate on'):
+            evaluate(cfg, 'https://host/weights.pth', tta=False)
+
+    def test_a_model_without_a_backbone_of_that_name(self):
+        cfg = shapes_config()
+        del cfg.model.backbone
+        check_pretrained(cfg)
+
+
+@pytest.mark.usefixtures('mmseg_scope')
+@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore``:UserWarning', 'ignore:``build_loss``:UserWarning')
+class TestSummary:
+    @staticmethod
+    def lines(cfg: Any) -> dict[str, str]:
+        from mmseg.registry import MODELS
+
+        runner = SimpleNamespace(cfg=cfg, model=MODELS.build(copy.deepcopy(cfg.model)))
+        text = _summary(runner, {'training': 5})
+        return {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()}
+
+    def test_ours(self):
+        lines = self.lines(shapes_config())
+        assert lines['model'].startswith('BEiTBackbone + BEiTPyramid + BEiTUPerHead, 0.')
+        assert lines['resolution'] == 'crops of 96 x 96 px in training, windows in testing'
+        assert lines['schedule'] == '400 iterations, effective batch 8, OptimWrapper'
+
+    def test_pyramid_in_the_backbone_and_no_other_parts(self):
+        cfg = shapes_config()
+        cfg.model.backbone.add_fpn = True
+        cfg.model.update(neck=None, auxiliary_head=None)
+        assert self.lines(cfg)['model'].startswith('BEiTBackbone + BEiTUPerHead, 0.')
+
+    def test_several_decode_heads(self):
+        cfg = shapes_config()
+        point = dict(type='PointHead', in_channels=[16], in_index=[0], channels=8, num_fcs=1, num_classes=7)
+        heads = [cfg.model.decode_head, dict(point, align_corners=False)]
+        cfg.model.update(type='CascadeEncoderDecoder', num_stages=2, decode_head=heads, auxiliary_head=None)
+        lines = self.lines(cfg)
+        assert 'BEiTUPerHead + PointHead' in lines['model'] and lines['classes'] == '7'
+
+    @pytest.mark.parametrize(
+        'preprocessor', [dict(type='SegDataPreProcessor', size_divisor=32), dict(type='BaseDataPreprocessor')]
+    )
+    def test_no_fixed_size(self, preprocessor):
+        cfg = shapes_config()
+        cfg.model.test_cfg.mode = 'whole'
+        cfg.model.data_preprocessor = preprocessor
+        assert self.lines(cfg)['resolution'] == 'sizes of the pipeline in training, whole images in testing'
+
+    @pytest.mark.parametrize(
+        ('train_cfg', 'words'),
+        [
+            (dict(type='EpochBasedTrainLoop', max_epochs=3), '3 epochs'),
+            (dict(by_epoch=True, max_epochs=1), '1 epoch'),
+            (dict(type='IterBasedTrainLoop', max_iters=20), '20 iterations'),
+        ],
+    )
+    def test_length_in_epochs_and_iterations(self, train_cfg, words):
+        cfg = shapes_config()
+        cfg.train_cfg = train_cfg
+        del cfg.optim_wrapper['type']  # mmengine has a default
+        assert length(cfg) == words
+        assert self.lines(cfg)['schedule'] == f'{words}, effective batch 8, OptimWrapper'
