@@ -81,7 +81,7 @@ def test_a_file_to_a_folder(make, tmp_path):
     [
         (('none.pth', 'y.pth', '--to', 'timm'), 'none.pth does not exist; give the path'),
         (('x.pth', 'y.pth', '--to', 'klingon'), "unknown dialect 'klingon'; known are timm"),
-        (('x.pth', 'y', '--to', 'timm'), 'y has no suffix: give a file name'),
+        (('x.pth', 'y', '--to', 'timm'), 'y is no name of a file: end it in one of .safetensors, .pth'),
         (('x.pth', 'no/y.pth', '--to', 'unilm'), 'no/y.pth cannot be written: No such file or directory'),
         (('x.pth', 'y.pth', '--to', 'timm'), 'timm has no mim, only encoder, classifier; name what to leave out by'),
         (

@@ -81,13 +81,13 @@ def write_folder(args: argparse.Namespace, source: Any) -> None:
 def main() -> None:
     args = parse_args()
     from beit_plugin.checkpoints import CheckpointError, convert, detect
-    from beit_plugin.checkpoints.files import write_state_dict
+    from beit_plugin.checkpoints.files import SUFFIXES, is_file_name, write_state_dict
     from beit_plugin.checkpoints.sources import read_source
 
     try:
         source = read_source(args.source)
         found = detect(source.state_dict)
-        if args.target.suffix:
+        if is_file_name(args.target):
             grid = tuple(args.grid) if args.grid else source.grid
             state = convert(source.state_dict, to=args.to, drop=args.drop, grid=grid)
             metadata = {'dialect': args.to, **({'grid': '{}x{}'.format(*grid)} if grid else {})}
@@ -95,7 +95,7 @@ def main() -> None:
         elif args.to == 'transformers':
             write_folder(args, source)
         else:
-            raise DataError(f'{args.target} has no suffix: give a file name in .safetensors or .pth.')
+            raise DataError(f'{args.target} is no name of a file: end it in one of {", ".join(SUFFIXES)}.')
     except CheckpointError as error:
         raise DataError(f'{error}.') from error
     except OSError as error:

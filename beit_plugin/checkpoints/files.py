@@ -18,10 +18,19 @@ from torch import Tensor
 
 from .convert import CheckpointError, StateDict
 
-__all__ = ['open_wrappers', 'read_metadata', 'read_state_dict', 'write_atomically', 'write_state_dict']
+__all__ = [
+    'SUFFIXES',
+    'is_file_name',
+    'open_wrappers',
+    'read_metadata',
+    'read_state_dict',
+    'write_atomically',
+    'write_state_dict',
+]
 
 # the names under which trainers store weights, in the order in which they are looked for: averages first, as in timm
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')
+SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
 _PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and torch.compile
 
 
@@ -88,6 +97,11 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
         raise CheckpointError(f'{path} is cut off or no checkpoint file; fetch or save it again') from error
     return open_wrappers(loaded, str(path))
+
+
+def is_file_name(path: Path) -> bool:
+    """Whether a path names a checkpoint file; a folder may have a dot in its name too."""
+    return path.suffix in SUFFIXES
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .convert import CheckpointError, StateDict, dropper, from_native, some
-from .files import write_atomically, write_state_dict
+from .files import SUFFIXES, is_file_name, write_atomically, write_state_dict
 from .fit import encoder_of, fit, own_names, part_of
 from .hf_config import write_config
 from .sources import read_source
@@ -148,8 +148,8 @@ def save(
 
     Args:
         model: as for ``load``.
-        path: a file, safetensors by that suffix, else torch's format. For ``transformers`` also a folder (a path
-            without suffix), which its ``from_pretrained`` reads: it gets the configuration too.
+        path: a file (``files.SUFFIXES``), safetensors by that suffix, else torch's format. For ``transformers`` any
+            other path is a folder, which its ``from_pretrained`` reads: it gets the configuration too.
         dialect: one of ``tables.DIALECTS``; ``native`` keeps the names of the model.
         config: configuration of transformers that the model was made from; what a model does not know (names of labels,
             options of other tasks) is taken from it.
@@ -170,11 +170,11 @@ def save(
     else:
         state = from_native({ours: current[name] for ours, name in own.items()}, dialect, grid=(h, w))
     metadata = {'grid': f'{h}x{w}', 'dialect': dialect}
-    if path.suffix:
+    if is_file_name(path):
         write_state_dict(state, path, metadata)
         return
     if dialect != 'transformers':
-        raise CheckpointError(f'{path} has no suffix; give a file name in .safetensors or .pth')
+        raise CheckpointError(f'{path} is no name of a checkpoint file; end it in one of {", ".join(SUFFIXES)}')
     text = json.dumps(write_config(model, config), indent=2, sort_keys=True) + '\n'
     path.mkdir(parents=True, exist_ok=True)
     write_state_dict(state, path / 'model.safetensors', metadata)

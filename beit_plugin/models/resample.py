@@ -139,13 +139,6 @@ def _(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -
     return torch.empty(_matrix_shape(old, new, rule), device=device, dtype=dtype)
 
 
-def _is_exporting() -> bool:
-    if hasattr(torch.compiler, 'is_exporting'):
-        return torch.compiler.is_exporting()
-    # torch 2.6: what is traced without dynamo; a strict export there looks like torch.compile
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-
-
 def resize_matrices(
     old: tuple[int, int], new: tuple[int, int], rule: str, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
@@ -160,14 +153,16 @@ def resize_matrices(
         The maps of the vertical and the horizontal axis in float64 (float32 on devices that have no float64).
     """
     dtype = torch.float32 if device.type == 'mps' else torch.float64
-    exporting = _is_exporting()
+    traced_by_dynamo = torch.compiler.is_dynamo_compiling()
+    exporting = torch.compiler.is_compiling() and not traced_by_dynamo
+    if hasattr(torch.compiler, 'is_exporting'):  # torch 2.6 does not tell a strict export from torch.compile
+        exporting = exporting or torch.compiler.is_exporting()
     # comparing a size that an export leaves open would tie the program to the answer
     symbolic = exporting and (isinstance(new[0], torch.SymInt) or isinstance(new[1], torch.SymInt))
     if not symbolic and tuple(old) == tuple(new):
         return None
     # no operation of our own may stay in an exported program
-    compiling = torch.compiler.is_dynamo_compiling()
-    make = axis_matrix if exporting else _axis_matrix_op if compiling else _cached_matrix
+    make = axis_matrix if exporting else _axis_matrix_op if traced_by_dynamo else _cached_matrix
     return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)
 
 

@@ -137,12 +137,6 @@ def test_export_at_one_size(size, strict):
     assert relative_error(program.module()(images(*size)), model(images(*size))) < 1e-6
 
 
-def test_export_where_torch_does_not_say_that_it_exports(monkeypatch):
-    monkeypatch.delattr(torch.compiler, 'is_exporting', raising=False)  # as torch 2.6
-    program = torch.export.export(beit(depth=1), (images(70, 33),), strict=False)
-    assert not any('beit_plugin' in str(node.target) for node in program.graph.nodes)
-
-
 @pytest.mark.filterwarnings('ignore:.torch.jit.trace(_method)?. is deprecated:FutureWarning')
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants of the trace
 def test_traces():
