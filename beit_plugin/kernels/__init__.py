@@ -1,0 +1,1 @@
+"""Triton kernels. Import only where Triton is wanted: its compiler looks for a GPU."""

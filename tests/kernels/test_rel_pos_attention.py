@@ -1,0 +1,204 @@
+"""The Triton kernels against the eager reference in float64: on the GPU, or in Triton's interpreter at small sizes.
+
+The interpreter computes bfloat16 from its bits, wrongly, so on the CPU half precision is float16.
+"""
+
+import pytest
+import torch
+from helpers import relative_error
+
+from beit_plugin.kernels.ops import lay_out_bias, reduce_to_table, rel_pos_attention
+from beit_plugin.models.attention import eager_attention
+from beit_plugin.models.relative_position import relative_position_index
+
+CUDA = torch.cuda.is_available()
+DEVICE = 'cuda' if CUDA else 'cpu'
+HALF = torch.bfloat16 if CUDA else torch.float16
+# rounding of the weights and of the scores' gradient to the dtype of the matrix units; float32 has neither
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SMALL = [((3, 5), 2), ((1, 7), 1), ((7, 1), 1), ((8, 8), 2), ((9, 15), 2)]  # N = 16, 8, 8, 65, 136
+LARGE = [((14, 14), 8), ((24, 24), 4), ((32, 32), 4), ((40, 40), 4), ((24, 66), 4), ((64, 64), 2), ((96, 96), 1)]
+
+
+def inputs(grid, batch, heads, head_dim, dtype, prefix=1):
+    generator = torch.Generator().manual_seed(torch.seed())  # fresh ones in each run
+    h, w = grid
+    n = prefix + h * w
+    qkv = torch.randn(batch, n, 3, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    table = torch.randn((2 * h - 1) * (2 * w - 1) + 3, heads, generator=generator).to(DEVICE)
+    grad = torch.randn(batch, n, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    return qkv, table, grad
+
+
+def bias_of(table, grid, prefix=1):
+    index = relative_position_index(*grid, device=table.device)
+    return table[index if prefix else index[1:, 1:]].permute(2, 0, 1)
+
+
+def reference(qkv, table, grad, grid, prefix=1):
+    """Output and gradients in float64, one image at a time."""
+    table = table.double().requires_grad_()
+    outs, grads = [], []
+    for image, g in zip(qkv.double(), grad.double(), strict=True):
+        image = image[None].requires_grad_()
+        q, k, v = image.permute(2, 0, 3, 1, 4).unbind(0)
+        out = eager_attention(q, k, v, bias_of(table, grid, prefix))[0].transpose(1, 2)
+        out.backward(g[None])
+        outs.append(out.detach())
+        grads.append(image.grad)
+    return torch.cat(outs), torch.cat(grads), table.grad
+
+
+def ours(qkv, table, grad, grid, prefix=1):
+    qkv, table = qkv.detach().requires_grad_(), table.detach().requires_grad_()
+    out = rel_pos_attention(qkv, table, grid, prefix)
+    out.backward(grad)
+    return out.detach(), qkv.grad, table.grad
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, HALF])
+@pytest.mark.parametrize('grid, batch', LARGE if CUDA else SMALL)
+def test_output_and_gradients(grid, batch, dtype):
+    heads = 12 if CUDA else 2
+    arguments = inputs(grid, batch, heads, 64 if CUDA else 32, dtype)
+    got, expected = ours(*arguments, grid), reference(*arguments, grid)
+    names = ('out', 'qkv', 'table')
+    errors = {name: relative_error(a, b) for name, a, b in zip(names, got, expected, strict=True)}
+    for i, name in enumerate('qkv'):
+        errors[f'd{name}'] = relative_error(got[1][:, :, i], expected[1][:, :, i])
+    assert max(errors.values()) <= TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize('head_dim', [32, 64, 80, 96, 128])
+def test_head_dims(head_dim):
+    grid = (20, 30) if CUDA else (3, 4)
+    arguments = inputs(grid, 2, 3, head_dim, HALF)
+    got, expected = ours(*arguments, grid), reference(*arguments, grid)
+    assert max(map(relative_error, got, expected)) <= TOLERANCE[HALF]
+
+
+def test_without_cls():
+    grid = (16, 24) if CUDA else (3, 5)
+    arguments = inputs(grid, 2, 2, 32, torch.float32, prefix=0)
+    got, expected = ours(*arguments, grid, 0), reference(*arguments, grid, 0)
+    assert max(map(relative_error, got, expected)) <= TOLERANCE[torch.float32]
+    assert not got[2][-3:].any()  # the rows of [CLS] have no gradient
+
+
+def test_projection_that_is_a_view():
+    """Strided in the batch and in the tokens; dense within a token, or not, and then copied."""
+    grid = (3, 4)
+    qkv, table, grad = inputs(grid, 2, 2, 32, torch.float32)
+    expected = ours(qkv, table, grad, grid)
+    wide = torch.randn(4, 20, 3, 2, 40, device=DEVICE)
+    for view in (wide[::2, 2:15, :, :, :32], wide[::2, 2:15, :, :, 4:36]):
+        view.copy_(qkv)
+        got = ours(view, table, grad, grid)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    padded = torch.randn(4, 20, 192, device=DEVICE)[1:3, 3:16].unflatten(-1, (3, 2, 32))
+    padded.copy_(qkv)
+    assert padded.stride(2) == 64 and not padded.is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(ours(padded, table, grad, grid), expected, strict=True))
+
+
+def test_the_same_bits_twice():
+    grid, dtype = ((40, 40), HALF) if CUDA else ((5, 9), torch.float16)
+    arguments = inputs(grid, 4, 2, 32, dtype)
+    first, second = ours(*arguments, grid), ours(*arguments, grid)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_element_is_written(monkeypatch):
+    """New memory is filled with NaN first."""
+    grid = (4, 7)
+    arguments = inputs(grid, 3, 2, 32, torch.float32)
+    expected = ours(*arguments, grid)
+    from beit_plugin.kernels import ops
+
+    def poisoned(make):
+        def new(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(float('nan')) if made.is_floating_point() else made
+
+        return new
+
+    class Torch:
+        empty, empty_like = staticmethod(poisoned(torch.empty)), staticmethod(poisoned(torch.empty_like))
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(ops, 'torch', Torch())
+    got = ours(*arguments, grid)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize('min_programs', [1, 10_000])
+def test_splitting_the_batch(min_programs, monkeypatch):
+    """In place of the bias, and in several parts that are added up."""
+    from beit_plugin.kernels import ops
+
+    monkeypatch.setattr(ops, 'MIN_PROGRAMS', min_programs)
+    grid = (3, 5)
+    arguments = inputs(grid, 5, 2, 32, torch.float32)
+    got, expected = ours(*arguments, grid), reference(*arguments, grid)
+    assert max(map(relative_error, got, expected)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize('grid', [(3, 5), (1, 1), (6, 2)])
+@pytest.mark.parametrize('prefix', [0, 1])
+def test_layout_of_the_bias(grid, prefix):
+    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2, device=DEVICE)
+    bias = lay_out_bias(table, *grid, prefix, torch.float32)
+    n = prefix + grid[0] * grid[1]
+    expected = bias_of(table, grid, prefix) / torch.tensor(2.0, device=DEVICE).log()
+    assert bias.shape == (2, n, 128)
+    assert torch.allclose(bias[..., :n], expected) and (bias[..., n:] == float('-inf')).all()
+
+
+@pytest.mark.parametrize('grid', [(3, 5), (1, 4), (9, 20), (33, 2)])
+@pytest.mark.parametrize('prefix, splits', [(0, 1), (1, 3)])
+def test_reduction_to_the_table(grid, prefix, splits):
+    h, w = grid
+    n = prefix + h * w
+    rows = (2 * h - 1) * (2 * w - 1) + 3
+    grad = torch.randn(splits, 2, n, 256, device=DEVICE)
+    table = torch.zeros(rows, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    bias_of(table, grid, prefix).backward(grad[..., :n].sum(0).double())
+    assert relative_error(reduce_to_table(grad, h, w, prefix, rows), table.grad) <= 1e-6
+
+
+def test_finite_differences_of_the_reference():
+    grid = (2, 3)
+    qkv, table, _ = inputs(grid, 2, 2, 4, torch.float64)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    assert torch.autograd.gradcheck(
+        lambda t: eager_attention(q, k, v, bias_of(t, grid))[0], table.double().requires_grad_(), fast_mode=False
+    )
+
+
+@pytest.mark.parametrize(
+    ('shape', 'table', 'sentence'),
+    [
+        ((2, 12, 3, 2, 32), (45 + 3, 2), r'expected qkv of shape \(B, 16, 3, heads, head dim\) for a 3x5 grid'),
+        ((2, 16, 2, 2, 32), (45 + 3, 2), r'got \(2, 16, 2, 2, 32\)'),
+        ((2, 16, 3, 2, 32), (45, 2), r'expected a table of shape \(48, 2\) for a 3x5 grid, got \(45, 2\); resize'),
+        ((2, 16, 3, 2, 32), (48, 3), r'expected a table of shape \(48, 2\)'),
+    ],
+)
+def test_shapes_that_do_not_fit(shape, table, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        rel_pos_attention(torch.zeros(shape, device=DEVICE), torch.zeros(table, device=DEVICE), (3, 5))
+
+
+def test_shapes_without_running():
+    """What tracing sees."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        qkv = torch.empty(2, 16, 3, 2, 32, dtype=torch.bfloat16, requires_grad=True)
+        table = torch.empty(48, 2, requires_grad=True)
+        out = rel_pos_attention(qkv, table, (3, 5))
+        assert out.shape == (2, 16, 2, 32) and out.dtype == torch.bfloat16
+        out.sum().backward()
+        assert qkv.grad.shape == qkv.shape and table.grad.dtype == torch.float32
