@@ -12,9 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import rel_pos_attention as kernels
+from . import rel_pos_attention
 
-__all__ = ['rel_pos_attention']
+__all__ = ['attend', 'lay_out_bias', 'reduce_to_table']
+
+kernels: Any = rel_pos_attention  # a kernel is called by grid and options that its signature does not show
 
 PADDING = 128  # the bias has columns up to a multiple of this: no block of keys is larger, so none needs a mask
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200: with fewer blocks the batch is split among more programs
@@ -215,7 +217,7 @@ def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | N
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def rel_pos_attention(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
+def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v with the bias of each pair of tokens read from a table.
 
     Args:

@@ -6,17 +6,19 @@ Parameter names are those of unilm ``beit/modeling_finetune.py`` and timm: ``qkv
 Shapes: B batch, N tokens, C channels, K heads, D head dim.
 """
 
+import os
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .relative_position import BiasGeometry, gather_bias, num_relative_distance
+from .relative_position import BiasGeometry, gather_bias, num_relative_distance, table_at
 
-__all__ = ['ATTENTION_BACKENDS', 'Attention', 'AttentionBackend', 'attention', 'eager_attention']
+__all__ = ['ATTENTION_BACKENDS', 'Attention', 'AttentionBackend', 'attention', 'eager_attention', 'fused_refusal']
 
-AttentionBackend = Literal['auto', 'eager', 'sdpa']
+AttentionBackend = Literal['auto', 'eager', 'sdpa', 'fused']
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 
 
@@ -58,7 +60,9 @@ def attention(
     dropout_p: float = 0.0,
     backend: str = 'auto',
 ) -> Tensor:
-    """Softmax(q k^T / sqrt(D) + bias) v by the backend asked for; ``auto`` is ``sdpa``.
+    """Softmax(q k^T / sqrt(D) + bias) v by the backend asked for; all but ``eager`` is ``sdpa`` here.
+
+    (The fused kernels read the table instead of a bias; see ``Attention``.)
 
     Arguments and shapes are those of ``eager_attention``; the result is (B, K, N, D).
     """
@@ -67,6 +71,28 @@ def attention(
     # a bias of another dtype than the query's would be refused, or misread by cuDNN (pytorch issue 191612)
     mask = None if bias is None else bias.to(q.dtype)[None]  # 1, K, N, N
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+def fused_refusal(x: Tensor, head_dim: int, dropout_p: float) -> str | None:
+    """Why the fused kernels cannot serve, or None if they can.
+
+    Args:
+        x: what attention is computed from, for its device and dtype.
+        head_dim: D.
+        dropout_p: dropout of the attention weights in this forward.
+    """
+    if find_spec('triton') is None:
+        return 'Triton is not installed'
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
+    if not interpreted and (x.device.type != 'cuda' or torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return f'they need a GPU of compute capability 8.0 or later, and the tensors are on {x.device}'
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f'they compute in float16, bfloat16 or float32, and the tensors are {x.dtype}'
+    if head_dim % 16 or head_dim > 128:
+        return f'they take head dims that are multiples of 16 up to 128, and this model has {head_dim}'
+    if dropout_p:
+        return 'they have no dropout of the attention weights'
+    return None
 
 
 class Attention(nn.Module):
@@ -100,7 +126,7 @@ class Attention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f'embed_dim must be a multiple of num_heads, got {dim} and {num_heads} heads')
         if backend not in ATTENTION_BACKENDS:
-            raise ValueError(f"attn_backend must be one of {', '.join(ATTENTION_BACKENDS)}, got {backend!r}")
+            raise ValueError(f'attn_backend must be one of {", ".join(ATTENTION_BACKENDS)}, got {backend!r}')
         self.num_heads = num_heads
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
@@ -114,6 +140,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def wants_fused(self, x: Tensor) -> bool:
+        """Whether the fused kernels shall run on tokens of this device and dtype.
+
+        Raises:
+            ValueError: they were asked for and cannot.
+        """
+        if self.backend != 'fused':
+            return False
+        head_dim = self.proj.in_features // self.num_heads
+        reason = fused_refusal(x, head_dim, self.attn_drop.p if self.training else 0.0)
+        if reason is not None:
+            raise ValueError(f"attn_backend='fused' cannot serve: {reason}; use attn_backend='auto'")
+        return True
+
     def forward(
         self,
         x: Tensor,
@@ -126,8 +166,9 @@ class Attention(nn.Module):
 
         Args:
             x: (B, N, C), N = 1 + h*w.
-            geometry: how this layer's table is read at the grid of x; needed if it has one.
-            shared_bias: (K, N, N) bias common to all layers.
+            geometry: how this layer's table is read at the grid of x; needed if it has one. Without an index, the
+                fused kernels run.
+            shared_bias: (K, N, N) bias common to all layers; without an index, its table ((2h-1)*(2w-1)+3, K).
             head_mask: (K,) factors of the heads.
             return_weights: also return the attention weights (then computed by the eager reference).
 
@@ -139,12 +180,18 @@ class Attention(nn.Module):
         if self.q_bias is not None and self.v_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # 3*C
         qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, K, N, D
 
+        fused = geometry is not None and geometry.index is None
         bias = shared_bias
         if self.relative_position_bias_table is not None and geometry is not None:
-            own = gather_bias(self.relative_position_bias_table, geometry)
+            own = (table_at if fused else gather_bias)(self.relative_position_bias_table, geometry)
             bias = own if bias is None else own + bias
+        if fused and geometry is not None and bias is not None:
+            from ..kernels.ops import attend  # not before it is needed: Triton looks for a GPU
+
+            out = attend(qkv, bias, geometry.grid)  # B, N, K, D
+            return self.proj_drop(self.proj(out.flatten(2))), None
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, K, N, D
 
         dropout_p = self.attn_drop.p if self.training else 0.0
         weights = None

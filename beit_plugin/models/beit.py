@@ -77,7 +77,7 @@ class Beit(TimmInterface):
         use_fc_norm: normalise after the pooling instead of before; by default for ``avg``.
         patch_norm: LayerNorm after the patch projection.
         rel_pos_resize: how bias tables are read at other sizes: ``geometric`` (official), ``linear``, ``bilinear``.
-        attn_backend: ``auto``, ``eager`` or ``sdpa``.
+        attn_backend: ``auto``, ``eager``, ``sdpa`` or ``fused`` (Triton kernels; see ``attention.fused_refusal``).
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown option value.
@@ -258,15 +258,21 @@ class Beit(TimmInterface):
         heads = cast(Block, self.blocks[0]).attn.num_heads if len(self.blocks) else 0
         masks = head_mask_by_layer(head_mask, len(self.blocks), heads)
         x, grid = self.embed(x, bool_masked_pos)
-        bias = self.position_bias(grid, x.device)
+        bias = self.position_bias(grid, x, weights=head_mask is not None or output_attentions)
         x, states, attentions = self.run_layers(self.blocks[:num_blocks], x, bias, masks, stages, output_attentions)
         return x, grid, states, attentions
 
-    def position_bias(self, grid: tuple[int, int], device: torch.device) -> tuple[BiasGeometry | None, Tensor | None]:
-        """How the blocks read their own tables at an (h, w) grid, and the bias they share (K, N, N)."""
+    def position_bias(
+        self, grid: tuple[int, int], x: Tensor, weights: bool = False
+    ) -> tuple[BiasGeometry | None, Tensor | None]:
+        """How blocks read their tables at an (h, w) grid, and the bias they share: the arguments of ``Attention``.
+
+        ``x`` gives device and dtype; where ``weights`` are returned or masked the fused kernels do not run.
+        """
         geometry = None
         if self.use_rel_pos_bias or self.rel_pos_bias is not None:
-            geometry = bias_geometry(self.window_size, grid, self.rel_pos_resize, device)
+            fused = not weights and len(self.blocks) > 0 and cast(Block, self.blocks[0]).attn.wants_fused(x)
+            geometry = bias_geometry(self.window_size, grid, self.rel_pos_resize, x.device, with_index=not fused)
         return geometry, None if self.rel_pos_bias is None else self.rel_pos_bias(geometry)
 
     def run_layers(
@@ -313,11 +319,9 @@ class Beit(TimmInterface):
         Raises:
             ValueError: an input of a wrong shape, dtype or size.
         """
-        if not interpolate_pos_encoding and tuple(x.shape[2:]) != tuple(self.patch_embed.img_size):
-            raise ValueError(
-                f'interpolate_pos_encoding=False needs images of the native {self.patch_embed.img_size} pixels, '
-                f'got {tuple(x.shape[2:])}'
-            )
+        native, got = tuple(self.patch_embed.img_size), tuple(x.shape[2:])
+        if not interpolate_pos_encoding and got != native:
+            raise ValueError(f'interpolate_pos_encoding=False needs images of the native {native} pixels, got {got}')
         stages = range(len(self.blocks) + 1) if output_hidden_states else ()
         x, grid, states, attentions = self.run_blocks(x, bool_masked_pos, head_mask, stages, output_attentions)
         x = self.norm(x)

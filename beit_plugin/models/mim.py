@@ -144,7 +144,7 @@ class BeitForMaskedImageModeling(Beit):
         if labels is not None and bool_masked_pos is not None and index is not None:
             tokens = self._token_map(labels, bool_masked_pos.flatten(1), grid, len(index))  # B, h*w
             targets = tokens.flatten().index_select(0, index)  # M
-        branches = self._branches(x, self.position_bias(grid, x.device))
+        branches = self._branches(x, self.position_bias(grid, x))
         loss, logits = self._predict(branches[0], index, targets, all_logits)
         if len(branches) == 1:
             return MIMOutput(loss, logits)

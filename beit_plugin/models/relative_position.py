@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from .resample import NUM_CLS_ROWS, apply_resize, resize_matrices
 
-__all__ = ['BiasGeometry', 'RelativePositionBias', 'bias_geometry', 'gather_bias', 'num_relative_distance']
+__all__ = [
+    'BiasGeometry',
+    'RelativePositionBias',
+    'bias_geometry',
+    'gather_bias',
+    'num_relative_distance',
+    'relative_position_index',
+    'table_at',
+]
 
 ALIGNMENT = 8  # SDPA's CUDA kernels read a bias in place only when its rows start at multiples of 8 elements
 CACHED_TOKENS = 2048  # an index of this many tokens takes 32 MiB; larger ones are made anew each time
@@ -25,8 +33,8 @@ CACHED_TOKENS = 2048  # an index of this many tokens takes 32 MiB; larger ones a
 class BiasGeometry(NamedTuple):
     """All that a bias needs to know of the grid; prepared once per forward and shared by all layers."""
 
-    index: Tensor  # N, N (or N, N padded to a multiple of ALIGNMENT): row of the grid's table
-    num_tokens: int  # N
+    grid: tuple[int, int]  # h, w
+    index: Tensor | None  # N, N (or N, N padded to a multiple of ALIGNMENT): row of the grid's table; None: not needed
     matrices: tuple[Tensor, Tensor] | None  # from the stored table's grid to this one; None when they are the same
 
 
@@ -62,31 +70,41 @@ def _cached_index(h: int, w: int, device: torch.device, pad: int) -> Tensor:
         return relative_position_index(h, w, device, pad)
 
 
-def bias_geometry(window_size: tuple[int, int], grid: tuple[int, int], rule: str, device: torch.device) -> BiasGeometry:
+def bias_geometry(
+    window_size: tuple[int, int], grid: tuple[int, int], rule: str, device: torch.device, with_index: bool = True
+) -> BiasGeometry:
     """Prepares the bias of tables stored for ``window_size`` at the (h, w) grid of an input.
 
     Args:
         window_size: (h, w) in patches that the tables belong to.
         grid: (h, w) of the input.
         rule: how tables are resized, one of ``resample.RESIZE_RULES``.
+        with_index: whether the bias will be gathered; the fused kernels read the table itself.
     """
     h, w = grid
+    matrices = resize_matrices(window_size, grid, rule, device)
+    if not with_index:
+        return BiasGeometry(grid, None, matrices)
     num_tokens = 1 + h * w
     symbolic = isinstance(num_tokens, torch.SymInt)
     pad = 0 if symbolic or device.type != 'cuda' else -num_tokens % ALIGNMENT
     cacheable = not symbolic and not torch.compiler.is_compiling() and num_tokens <= CACHED_TOKENS
     index = (_cached_index if cacheable else relative_position_index)(h, w, device, pad)
-    return BiasGeometry(index, num_tokens, resize_matrices(window_size, grid, rule, device))
+    return BiasGeometry(grid, index, matrices)
+
+
+def table_at(table: Tensor, geometry: BiasGeometry) -> Tensor:
+    """The table ((2h-1)*(2w-1)+3, K) of the grid, differentiable in the stored one."""
+    return table if geometry.matrices is None else apply_resize(table, geometry.matrices)
 
 
 def gather_bias(table: Tensor, geometry: BiasGeometry) -> Tensor:
-    """The bias of every pair of tokens: (K, N, N), differentiable in ``table`` ((2h-1)*(2w-1)+3, K)."""
-    if geometry.matrices is not None:
-        table = apply_resize(table, geometry.matrices)
-    index = geometry.index
+    """The bias of every pair of tokens: (K, N, N), differentiable in the stored ``table``."""
+    table, index = table_at(table, geometry), geometry.index
+    assert index is not None  # whoever asks for the bias has prepared it
     # picking columns of the transposed table gives the heads first without a transpose of the large result
     bias = table.t().contiguous().index_select(1, index.reshape(-1))  # K, N*N
-    return bias.reshape(-1, index.shape[0], index.shape[1])[..., : geometry.num_tokens]
+    return bias.reshape(-1, index.shape[0], index.shape[1])[..., : index.shape[0]]
 
 
 class RelativePositionBias(nn.Module):
@@ -110,5 +128,6 @@ class RelativePositionBias(nn.Module):
         )
 
     def forward(self, geometry: BiasGeometry) -> Tensor:
-        """Returns (K, N, N)."""
-        return gather_bias(self.relative_position_bias_table, geometry)
+        """Returns the bias (K, N, N), or where it is not to be gathered the table of the grid ((2h-1)*(2w-1)+3, K)."""
+        read = table_at if geometry.index is None else gather_bias
+        return read(self.relative_position_bias_table, geometry)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import relative_error
 
-from beit_plugin.kernels.ops import lay_out_bias, reduce_to_table, rel_pos_attention
+from beit_plugin.kernels.ops import attend, lay_out_bias, reduce_to_table
 from beit_plugin.models.attention import eager_attention
 from beit_plugin.models.relative_position import relative_position_index
 
@@ -51,7 +51,7 @@ def reference(qkv, table, grad, grid, prefix=1):
 
 def ours(qkv, table, grad, grid, prefix=1):
     qkv, table = qkv.detach().requires_grad_(), table.detach().requires_grad_()
-    out = rel_pos_attention(qkv, table, grid, prefix)
+    out = attend(qkv, table, grid, prefix)
     out.backward(grad)
     return out.detach(), qkv.grad, table.grad
 
@@ -188,7 +188,7 @@ def test_finite_differences_of_the_reference():
 )
 def test_shapes_that_do_not_fit(shape, table, sentence):
     with pytest.raises(ValueError, match=sentence):
-        rel_pos_attention(torch.zeros(shape, device=DEVICE), torch.zeros(table, device=DEVICE), (3, 5))
+        attend(torch.zeros(shape, device=DEVICE), torch.zeros(table, device=DEVICE), (3, 5))
 
 
 def test_shapes_without_running():
@@ -198,7 +198,7 @@ def test_shapes_without_running():
     with FakeTensorMode():
         qkv = torch.empty(2, 16, 3, 2, 32, dtype=torch.bfloat16, requires_grad=True)
         table = torch.empty(48, 2, requires_grad=True)
-        out = rel_pos_attention(qkv, table, (3, 5))
+        out = attend(qkv, table, (3, 5))
         assert out.shape == (2, 16, 2, 32) and out.dtype == torch.bfloat16
         out.sum().backward()
         assert qkv.grad.shape == qkv.shape and table.grad.dtype == torch.float32

@@ -1,0 +1,89 @@
+"""The encoder with its attention on the Triton kernels."""
+
+import pytest
+import torch
+from helpers import TINY, gradients, images, randomize, relative_error
+
+from beit_plugin import Beit, BeitBackbone
+from beit_plugin.models.attention import fused_refusal
+from beit_plugin.models.mim import BeitV2ForMaskedImageModeling
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+SIZES = {**TINY, 'embed_dim': 32, 'num_heads': 2}  # head dim 16
+
+
+def pair(make, **options):
+    models = []
+    for backend in ('fused', 'eager'):
+        models.append(randomize(make(**{**SIZES, **options}, attn_backend=backend)).to(DEVICE))
+    return models
+
+
+FORMS = {
+    'own tables': dict(),
+    'shared table': dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
+    'both': dict(use_shared_rel_pos_bias=True),
+    'none': dict(use_rel_pos_bias=False),
+    'recomputed': dict(),
+}
+
+
+@pytest.mark.parametrize('size', [(48, 80), (64, 33)])
+@pytest.mark.parametrize('form', FORMS)
+def test_outputs_and_gradients(form, size):
+    """At the native grid (3, 5), and at another one through the resized tables."""
+    fused, eager = pair(Beit, **FORMS[form], num_classes=3)
+    x = images(*size).to(DEVICE)
+    for model in (fused, eager):
+        model.train()
+        model.set_grad_checkpointing(form == 'recomputed')
+        model(x).square().sum().backward()
+    assert relative_error(fused(x), eager(x)) <= 2e-6
+    got, expected = gradients(fused), gradients(eager)
+    errors = {name: relative_error(got[name], expected[name]) for name in expected}
+    assert max(errors.values()) <= 1e-5, max(errors, key=errors.get)
+
+
+def test_weights_and_masks_go_by_the_reference():
+    fused, eager = pair(Beit)
+    x, mask = images(48, 80).to(DEVICE), torch.tensor([1.0, 0.5], device=DEVICE)
+    for options in (dict(output_attentions=True), dict(head_mask=mask)):
+        got, expected = fused.encode(x, **options), eager.encode(x, **options)
+        assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
+        assert len(got.attentions) == len(expected.attentions)
+
+
+def test_backbone_and_pre_training():
+    fused, eager = pair(BeitBackbone, add_fpn=True)
+    x = images(48, 80).to(DEVICE)
+    assert max(map(relative_error, fused.eval()(x), eager.eval()(x))) <= 5e-6
+    fused, eager = pair(BeitV2ForMaskedImageModeling, vocab_size=7, early_layers=2)
+    mask = torch.rand(2, 15, device=DEVICE) < 0.5
+    got, expected = fused.eval()(x, mask), eager.eval()(x, mask)
+    assert relative_error(got.logits, expected.logits) <= 5e-6
+    assert relative_error(got.cls_pt_logits, expected.cls_pt_logits) <= 5e-6
+
+
+@pytest.mark.parametrize(
+    ('options', 'dtype', 'sentence'),
+    [
+        (dict(attn_drop_rate=0.1), torch.float32, 'they have no dropout of the attention weights; use'),
+        (dict(embed_dim=24), torch.float32, 'multiples of 16 up to 128, and this model has 12'),
+        (dict(), torch.float64, 'float16, bfloat16 or float32, and the tensors are torch.float64'),
+    ],
+)
+def test_what_it_cannot_serve(options, dtype, sentence):
+    model = Beit(**{**SIZES, **options}, attn_backend='fused').to(DEVICE, dtype).train()
+    with pytest.raises(ValueError, match=f"attn_backend='fused' cannot serve: .*{sentence}"):
+        model(images(48, 80).to(DEVICE, dtype))
+    if 'attn_drop_rate' in options:
+        assert model.eval()(images(48, 80).to(DEVICE)).isfinite().all()
+
+
+def test_without_a_gpu_or_triton(monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    assert 'need a GPU of compute capability 8.0 or later, and the tensors are on cpu' in fused_refusal(
+        torch.zeros(1), 64, 0.0
+    )
+    monkeypatch.setattr('beit_plugin.models.attention.find_spec', lambda name: None)
+    assert fused_refusal(torch.zeros(1), 64, 0.0) == 'Triton is not installed'
