@@ -9,8 +9,9 @@ from typing import Any
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
+from .checkpoints import CheckpointError
 from .checkpoints.files import open_wrappers
-from .checkpoints.fit import accept_any_dialect, fit, own_names, part_of
+from .checkpoints.fit import accept_any_dialect, complaints, fit, own_names, part_of
 from .models.backbone import BeitBackbone, resolve_stages
 from .models.beit import VARIANTS, Beit
 from .models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
@@ -31,12 +32,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     fitted = fit(open_wrappers(state_dict, 'the checkpoint'), model)
     own = own_names(model)
     current = model.state_dict()
-    given = {part_of(name) for name in own if name not in fitted.fresh}
+    problems = complaints(fitted, model)  # timm itself is not strict with another number of classes
+    if problems:
+        raise CheckpointError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(problems)}')
     # a classifier that is missing is an error, unless timm knows that it is to be another one
-    fresh = [name for name in fitted.fresh if part_of(name) not in ('encoder', 'head', *given)]
+    fresh = [name for name in fitted.fresh if part_of(name) != 'head']
     if fresh:
         _logger.info('left at their initial values, for the file does not have them: %s', ', '.join(fresh))
-    return {**fitted.state, **{own[name]: current[own[name]] for name in fresh}, **fitted.rest}
+    return {**fitted.state, **{own[name]: current[own[name]] for name in fresh}}
 
 
 def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:

@@ -5,6 +5,8 @@ SRC is a file, a folder of transformers, a URL or a hub id. Nothing in it is exe
 """
 
 import argparse
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,19 @@ EXAMPLES = """examples:
   python tools/inspect_checkpoint.py microsoft/beit-base-finetuned-ade-640-640
   python tools/inspect_checkpoint.py work_dirs/beit-base_upernet_camvid/iter_1200.pth
 """
+
+MODULES = {
+    'Beit': 'beit_plugin',
+    'BeitBackbone': 'beit_plugin',
+    'BeitForMaskedImageModeling': 'beit_plugin.models.mim',
+    'BeitV2ForMaskedImageModeling': 'beit_plugin.models.mim',
+    'build_segmentor': 'beit_plugin.models.segmentor',
+}
+# defaults of Beit that the signature of a model does not show to be others there
+PRESET: dict[str, dict[str, Any]] = {
+    'BeitForMaskedImageModeling': dict(use_mask_token=True, use_rel_pos_bias=False, use_shared_rel_pos_bias=True),
+    'BeitBackbone': dict(num_classes=0, global_pool=''),
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,35 +52,97 @@ def variant_of(arguments: dict[str, Any]) -> str | None:
     return next((n for n, v in VARIANTS.items() if all(v[key] == arguments[key] for key in same)), None)
 
 
+def timm_name(what: Any) -> str | None:
+    """The model of timm that has its form and patches; others are built by their class."""
+    import timm
+
+    size = variant_of(what.arguments)
+    endings = {
+        'Beit': '_patch16_224',
+        'BeitForMaskedImageModeling': '_patch16_224_mim',
+        'BeitV2ForMaskedImageModeling': '_patch16_224_mim',
+        'build_segmentor': '_patch16_640_upernet',
+    }
+    if size is None or what.arguments['patch_size'] != (16, 16) or what.model not in endings:
+        return None
+    name = f'beit{"v2" if "V2" in what.model else ""}_plugin_{size}{endings[what.model]}'
+    return name if timm.is_model(name) else None  # not every size is there in v2
+
+
+def stated(what: Any, config: Any) -> dict[str, Any]:
+    """All arguments that are known: the weights tell some, the configuration of transformers others."""
+    from beit_plugin.checkpoints.hf_options import ENCODER
+
+    told = dict(what.arguments)
+    if told['init_values'] is not None:
+        del told['init_values']  # where training ended says nothing of where it started
+    if config is None:
+        return told | {name: ... for name in what.untold}
+    encoder = {'mlp_ratio', 'img_size', *(name for row in ENCODER for name in row.ours.split())}
+    is_same = config.task == what.task or (config.task, what.model) == ('backbone', 'BeitBackbone')
+    others = ('num_classes', 'global_pool') if what.model == 'BeitBackbone' else ()
+    return told | {
+        name: value
+        for name, value in config.arguments.items()
+        if (is_same or name in encoder) and name not in others
+    }
+
+
+def options(what: Any, config: Any, name: str | None) -> str:
+    """What to state in a call of the model of timm, or of the class, for it differs from what would be built else."""
+    from beit_plugin import VARIANTS, Beit
+
+    make = model_named(what.model)
+    defaults = {n: p.default for call in (Beit, make) for n, p in signature(call).parameters.items()}
+    defaults |= PRESET.get(what.model.replace('V2', ''), {})
+    arguments = stated(what, config)
+    defaults['channels'] = arguments['embed_dim']  # its None
+    if name is not None:
+        defaults |= VARIANTS[str(variant_of(arguments))] | ({'img_size': 640} if name.endswith('_upernet') else {})
+        if arguments.get('num_heads') is ...:
+            del arguments['num_heads']  # the published size tells it
+    said = []
+    for key, value in arguments.items():
+        default = defaults[key]
+        if isinstance(value, tuple) and isinstance(default, int):
+            default = (default, default)
+        if value != default:
+            key = 'num_classes' if name is not None and key == 'vocab_size' else key  # timm's word for all outputs
+            said.append(f'{key}={"..." if value is ... else repr(value)}')
+    return ', '.join(said)
+
+
+def model_named(name: str) -> Any:
+    """Our model, or the function that builds it, by its name."""
+    module = import_module(MODULES[name])
+    return getattr(module, name)
+
+
 def uses(what: Any, source: Any) -> list[str]:
     """Lines of code that load it."""
-    arguments, name, task = what.arguments, source.name, what.task
-    size = variant_of(arguments)
+    path, name = source.name, timm_name(what)
+    arguments = options(what, source.config, name)
     lines = []
-    if size is not None and arguments['patch_size'] == (16, 16):
-        ending = {'segmentor': '_patch16_640_upernet', 'mim': '_patch16_224_mim'}.get(task, '_patch16_224')
-        version = 'v2' if 'cls_pt_layers' in what.parts else ''
-        stated = {**arguments, **({} if source.config is None else source.config.arguments)}
-        if 'vocab_size' in stated:
-            stated['num_classes'] = stated['vocab_size']  # timm's word for the outputs of a model
-        wanted = ('img_size', 'num_classes', 'global_pool', *(('out_indices',) if task == 'segmentor' else ()))
-        options = ''.join(f', {key}={stated[key]!r}' for key in wanted if key in stated)
-        create = f"timm.create_model('beit{version}_plugin_{size}{ending}'{options}"
-        if Path(name).is_file():
-            lines.append(f"{create}, checkpoint_path='{name}')")
-        else:
-            lines.append(f"beit_plugin.checkpoints.load({create}), '{name}')")
-    if task == 'segmentor':
-        lines.append(f"load_from = '{name}'  # EncoderDecoder of BEiTBackbone, BEiTPyramid, BEiTUPerHead and FCNHead")
-    if Path(name).exists() or '://' in name:
-        lines.append(f"dict(type='BEiTBackbone', ..., init_cfg=dict(type='Pretrained', checkpoint='{name}'))")
-    return lines or [f"beit_plugin.checkpoints.load(Beit(...), '{name}')  # no size that has a name"]
+    create = f'{MODULES[what.model]}.{what.model}({arguments})'
+    if name is not None:
+        create = f"timm.create_model({', '.join(filter(None, (repr(name), arguments)))})"
+    if name is not None and Path(path).is_file():
+        lines.append(f'{create[:-1]}, checkpoint_path={path!r})')
+    else:
+        is_told = what.grid is None or source.grid is not None or what.grid[0] == what.grid[1]
+        grid = '' if is_told else f', grid={what.grid}'
+        lines.append(f'beit_plugin.checkpoints.load(model := {create}, {path!r}{grid})')
+    if what.task == 'segmentor':
+        lines.append(f"load_from = '{path}'  # EncoderDecoder of BEiTBackbone, BEiTPyramid, BEiTUPerHead and FCNHead")
+    if Path(path).exists() or '://' in path:
+        lines.append(f"dict(type='BEiTBackbone', ..., init_cfg=dict(type='Pretrained', checkpoint='{path}'))")
+    return lines
 
 
 def main() -> None:
     args = parse_args()
     from beit_plugin.checkpoints import CheckpointError
-    from beit_plugin.checkpoints.describe import describe
+    from beit_plugin.checkpoints.describe import describe, tap_rule
     from beit_plugin.checkpoints.sources import read_source
 
     try:
@@ -75,7 +152,8 @@ def main() -> None:
         raise DataError(f'{error}.') from error
     arguments = what.arguments
     size = variant_of(arguments)
-    heads = arguments.get('num_heads', 'not told (no bias table):')
+    heads = stated(what, source.config).get('num_heads', ...)
+    heads = 'an unknown number of' if heads is ... else heads
     pixels = '{}x{} patches of {}x{}, {}x{} pixels'
     tables = ('use_rel_pos_bias', 'use_shared_rel_pos_bias', 'use_abs_pos_emb')
     rows = {
@@ -91,8 +169,13 @@ def main() -> None:
         or 'encoder only',
         'outputs': str(arguments.get('num_classes') or arguments.get('vocab_size') or 'none'),
     }
-    if source.config is not None and source.config.taps is not None:
-        rows['taps'] = f'outputs of blocks {source.config.taps}, counted from 0'
+    taps = what.taps if source.config is None else source.config.taps
+    if taps is not None:
+        rows['taps'] = f'outputs of blocks {taps}, counted from 0'
+    elif what.task == 'segmentor':
+        rows['taps'] = f'not said by the weights; {tap_rule(what.dialect)}'
+    if source.config is None and what.untold:
+        rows['not told'] = f'{", ".join(what.untold)}: no weight depends on it'
     if what.unknown:
         rows['unknown'] = f'{len(what.unknown)} tensors that no table knows: {", ".join(what.unknown[:4])}'
     for name, value in rows.items():

@@ -4,15 +4,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from math import isqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..models.relative_position import relative_position_index
-from ..models.resample import NUM_CLS_ROWS
-from .tables import DIALECTS, TASKS, Dialect, Layout, Row
+from .errors import CheckpointError
+from .grids import INDEX, stated_grid, table_grid
+from .tables import DIALECTS, PARTS, TASKS, Dialect, Layout, Row
 
 __all__ = ['CheckpointError', 'Detection', 'convert', 'detect', 'from_native', 'read_names', 'task_of', 'to_native']
 
@@ -27,10 +27,6 @@ _VALUES = {
 _PARTS = 'qkv'
 _SHOWN = 6  # names in an error message
 _AN = {'encoder': 'an'}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is none, is of no known dialect, or does not fit."""
 
 
 class Detection(NamedTuple):
@@ -172,12 +168,13 @@ def to_native(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
         if (part or target) in place:
             raise CheckpointError(f'{name} is a second entry for {target}; one of the two must go')
         place[part or target] = tensor
+    _check_depth(native)
     for whole, found in parts.items():
         missing = [part for part in _PARTS if part not in found]
         if missing:
             raise CheckpointError(f'{whole} needs q, k and v, but {", ".join(missing)} is missing')
         kinds = {f'{tensor.dtype} {tuple(tensor.shape)}' for tensor in found.values()}
-        if len(kinds) > 1:
+        if len(kinds) > 1 or any(tensor.ndim not in (1, 2) for tensor in found.values()):
             raise CheckpointError(
                 f'q, k and v of {whole} must have one shape and dtype, got {", ".join(sorted(kinds))}'
             )
@@ -187,30 +184,11 @@ def to_native(state_dict: Mapping[str, Tensor]) -> tuple[StateDict, StateDict]:
     return native, {name: tensor for name, tensor in state_dict.items() if name not in targets}
 
 
-def table_grid(rows: int, grid: tuple[int, int] | None = None, model: tuple[int, int] | None = None) -> tuple[int, int]:
-    """The (h, w) grid that a bias table of so many rows belongs to.
-
-    Args:
-        rows: length of the table.
-        grid: what it is said to be.
-        model: what it may be when nothing is said: rows alone do not tell which of two grids that are not square.
-
-    Raises:
-        CheckpointError: it is not what it is said to be, or neither the model's nor square.
-    """
-    for candidate in (model,) if grid is None else (grid,):
-        if candidate is not None and rows == (2 * candidate[0] - 1) * (2 * candidate[1] - 1) + NUM_CLS_ROWS:
-            return candidate
-    if grid is not None:
-        raise CheckpointError(f'a bias table of {rows} rows is not of a {grid[0]}x{grid[1]} grid; check grid=(h, w)')
-    side = isqrt(max(rows - NUM_CLS_ROWS, 0))
-    if side % 2 == 0 or side * side != rows - NUM_CLS_ROWS:
-        other = f' and not of the {model[0]}x{model[1]} grid of the model' if model is not None else ''
-        raise CheckpointError(
-            f'a bias table of {rows} rows is of no square grid{other}; give the grid that it was trained at as '
-            'grid=(h, w), or build the model at that size, load, and call set_input_size'
-        )
-    return (side + 1) // 2, (side + 1) // 2
+def _check_depth(native: Iterable[str]) -> None:
+    numbers = {name.split('.')[1] for name in native if name.startswith('blocks.')}
+    if numbers and numbers != {str(i) for i in range(len(numbers))}:
+        gap = next(i for i in range(len(numbers) + 1) if str(i) not in numbers)
+        raise CheckpointError(f'blocks are numbered from 0 without a gap, but there is no block {gap}')
 
 
 def expand_shared_table(native: Mapping[str, Tensor], depth: int) -> StateDict:
@@ -219,14 +197,15 @@ def expand_shared_table(native: Mapping[str, Tensor], depth: int) -> StateDict:
     shared = expanded.pop(SHARED_TABLE, None)
     for i in range(depth if shared is not None else 0):
         name = f'blocks.{i}.attn.{TABLE}'
+        if name in native and native[name].shape != shared.shape:  # type: ignore[union-attr]
+            raise CheckpointError(f'{name} and the shared bias table have different shapes, so one of them is wrong')
         expanded[name] = shared.clone() if name not in native else native[name] + shared  # type: ignore[union-attr]
     return expanded
 
 
 def depth_of(native: Iterable[str]) -> int:
     """Number of encoder blocks that the names (ours) speak of."""
-    numbers = (name.split('.')[1] for name in native if name.startswith('blocks.'))
-    return 1 + max((int(number) for number in numbers), default=-1)
+    return len({name.split('.')[1] for name in native if name.startswith('blocks.')})
 
 
 def from_native(
@@ -268,6 +247,8 @@ def from_native(
         if known:
             result[str(target)] = tensor
         elif all(found for found, _ in thirds):
+            if not tensor.ndim or tensor.shape[0] % 3:
+                raise CheckpointError(f'{name} must hold q, k and v one below the other, got {tuple(tensor.shape)}')
             for (_, third), part in zip(thirds, tensor.chunk(3), strict=True):
                 result[f'{layout.prefix}{third}'] = part.clone()
         elif name != 'stages':  # which blocks a segmentor reads is a matter of configuration everywhere else
@@ -277,8 +258,10 @@ def from_native(
         raise CheckpointError(f'{whose} has no place for {some(homeless)}; name what to leave out by drop=')
     if host.index:
         for name in [name for name in result if name.endswith(TABLE)]:
+            if result[name].ndim != 2:
+                raise CheckpointError(f'{name} must have two dimensions, got shape {tuple(result[name].shape)}')
             h, w = table_grid(result[name].shape[0], grid)
-            result[name.replace(TABLE, 'relative_position_index')] = relative_position_index(h, w)
+            result[name.replace(TABLE, INDEX)] = relative_position_index(h, w)
     return result
 
 
@@ -293,11 +276,21 @@ def dropper(drop: Sequence[str]) -> re.Pattern[str]:
     return re.compile('|'.join(rf'{re.escape(name.rstrip("."))}(?:\..*)?' for name in drop) or r'(?!)', re.DOTALL)
 
 
+def check_drop(drop: Sequence[str], names: Iterable[str]) -> None:
+    """Raises CheckpointError when an entry of ``drop`` is neither a part that there may be nor one of the names."""
+    names = [str(name) for name in names]
+    unusual = [entry for entry in drop if entry.rstrip('.') not in PARTS]  # a typo would go unnoticed
+    idle = [entry for entry in unusual if not any(map(dropper((entry,)).fullmatch, names))]
+    if idle:
+        raise CheckpointError(f'drop names {some(idle)}, which the checkpoint does not have')
+
+
 def convert(
     state_dict: Mapping[str, Tensor],
     *,
     to: str,
     drop: Sequence[str] = (),
+    task: str | None = None,
     grid: tuple[int, int] | None = None,
 ) -> StateDict:
     """Takes a checkpoint of any dialect to another.
@@ -307,13 +300,18 @@ def convert(
         to: one of ``tables.DIALECTS``.
         drop: names to leave out, by our names or by those of the source; ``'head'`` stands for all that begins with
             ``head.``.
-        grid: see ``from_native``.
+        task: see ``from_native``; needed for the ``backbone`` of transformers in memory where it has no pyramid.
+        grid: see ``from_native``; by default that of the index buffers of the source.
 
     Raises:
-        CheckpointError: a name that no table knows and ``drop`` does not list, or see ``to_native``, ``from_native``.
+        CheckpointError: a name that no table knows and ``drop`` does not list, one in ``drop`` that is not there, or
+            see ``to_native``, ``from_native``.
     """
     leave_out = dropper(drop)
-    native, rest = to_native({name: t for name, t in state_dict.items() if not leave_out.fullmatch(name)})
+    wanted = {name: t for name, t in state_dict.items() if isinstance(name, str) and not leave_out.fullmatch(name)}
+    native, rest = to_native(wanted)
+    check_drop(drop, (*state_dict, *native))
     if rest:
         raise CheckpointError(f'no table knows {some(rest)}; name what to leave out by drop=')
-    return from_native({name: t for name, t in native.items() if not leave_out.fullmatch(name)}, to, grid=grid)
+    native = {name: t for name, t in native.items() if not leave_out.fullmatch(name)}
+    return from_native(native, to, task, grid or stated_grid(wanted))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .convert import CheckpointError, StateDict
+from .harmless import harmless_globals
 
 __all__ = [
     'SUFFIXES',
@@ -30,6 +31,7 @@ __all__ = [
 
 # the names under which trainers store weights, in the order in which they are looked for: averages first, as in timm
 _WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'module')
+_DEPTH = 8  # of wrappers; a file whose wrapper holds itself has no end
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt')
 _PREFIXES = ('module.', '_orig_mod.')  # of DistributedDataParallel and torch.compile
 
@@ -44,8 +46,11 @@ def open_wrappers(loaded: Any, source: str) -> StateDict:
     Raises:
         CheckpointError: there is no state dict in it.
     """
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
+    for _ in range(_DEPTH):
+        if not isinstance(loaded, Mapping):
+            break
+        # an average that was never taken is empty
+        inner = next((loaded[n] for n in _WRAPPERS if isinstance(loaded.get(n), Mapping) and loaded[n]), None)
         if inner is None:
             break
         loaded = inner
@@ -85,7 +90,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)  # of foreign pickle protocols; what matters is raised below
-            loaded = torch.load(path, map_location='cpu', weights_only=True)
+            with torch.serialization.safe_globals(harmless_globals()):
+                loaded = torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError as error:
         if 'Unsupported global' in str(error) or 'Unsupported class' in str(error):
             name = str(error).split('GLOBAL ')[-1].split(' ')[0]
@@ -94,7 +100,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
                 'yourself and save its state_dict() as safetensors'
             ) from error
         raise CheckpointError(f'{path} is cut off or no checkpoint file; fetch or save it again') from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError) as error:
+    except Exception as error:  # torch's reader fails in every way on a file that is damaged
+        if 'TorchScript' in str(error):
+            raise CheckpointError(f'{path} is a TorchScript program; save the state_dict() of the module') from error
         raise CheckpointError(f'{path} is cut off or no checkpoint file; fetch or save it again') from error
     return open_wrappers(loaded, str(path))
 

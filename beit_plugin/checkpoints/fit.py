@@ -2,8 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from math import isqrt
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -22,21 +21,17 @@ from .convert import (
     expand_shared_table,
     read_names,
     some,
-    table_grid,
     to_native,
 )
-from .tables import DIALECTS
+from .grids import stated_grid, table_grid
+from .tables import DIALECTS, PARTS
 
-__all__ = ['Fitted', 'accept_any_dialect', 'encoder_of', 'fit', 'own_names', 'part_of', 'resize']
+__all__ = ['Fitted', 'accept_any_dialect', 'complaints', 'encoder_of', 'fit', 'own_names', 'part_of', 'resize']
 
 _logger = logging.getLogger(__name__)
 _NOTHING = dropper(())
 
-# what a checkpoint or a model may have for one task and another be without; all else is the encoder
-PARTS = (
-    'mask_token', 'norm', 'fc_norm', 'head', 'lm_head', 'cls_pt_layers', 'pyramid', 'decode_head', 'auxiliary_head',
-    'stages',
-)  # fmt: skip
+_ENCODER = ('cls_token', 'pos_embed', 'patch_embed', 'rel_pos_bias', 'blocks')
 
 
 class _Encoder(Protocol):
@@ -60,9 +55,9 @@ class Fitted(NamedTuple):
 
 
 def part_of(name: str) -> str:
-    """The part of a model that a parameter (our name) belongs to."""
+    """The part of a model that a parameter (our name) belongs to; ``other`` for what no table knows."""
     first = name.split('.')[0]
-    return first if first in PARTS else 'encoder'
+    return first if first in PARTS else 'encoder' if first in _ENCODER else 'other'
 
 
 def encoder_of(model: nn.Module) -> _Encoder:
@@ -87,13 +82,30 @@ def own_names(model: nn.Module) -> dict[str, str]:
     return {targets.get(name) or name: name for name in names}
 
 
-def resize(native: StateDict, encoder: _Encoder, grid: tuple[int, int] | None = None) -> StateDict:
+def _source_grid(
+    what: str, size: int, size_of: Callable[[int, int], int], window: tuple[int, int], ask: bool
+) -> tuple[int, int] | None:
+    """The grid of something of this size where nothing is said: the model's, else a square one; None for neither."""
+    side = next((n for n in range(1, 1 + size) if size_of(n, n) >= size), 0)
+    square = (side, side) if side and size_of(side, side) == size else None
+    if size_of(*window) != size:
+        return square
+    if square not in (None, window):
+        message = f'{what} is as long at the {window[0]}x{window[1]} grid of the model as at {side}x{side} patches'
+        if ask:
+            raise CheckpointError(f'{message}; say by grid=(h, w) which it was trained at')
+        _logger.warning("%s; taken for the model's", message)
+    return window
+
+
+def resize(native: StateDict, encoder: _Encoder, grid: tuple[int, int] | None = None, ask: bool = False) -> StateDict:
     """Resizes what depends on the grid to that of ``encoder``, always from the stored values.
 
     Args:
         native: parameters by our names.
         encoder: the encoder that they are for; only read.
         grid: (h, w) in patches that they were trained at; by default told from their shapes.
+        ask: refuse what may be of the model's grid and of a square one as well; else it is taken for the model's.
 
     Raises:
         CheckpointError: the grid cannot be told.
@@ -108,25 +120,29 @@ def resize(native: StateDict, encoder: _Encoder, grid: tuple[int, int] | None = 
         given['patch_embed.proj.weight'] = resample_patch_embed(kernel, list(patch))
     positions = given.get('pos_embed')
     if positions is not None and positions.ndim == 3:
-        old = grid or window
-        if positions.shape[1] != 1 + old[0] * old[1]:
-            side = isqrt(max(positions.shape[1] - 1, 0))
-            if side * side != positions.shape[1] - 1 or not side or grid is not None:
-                raise CheckpointError(
-                    f'pos_embed of {positions.shape[1]} tokens is of no square grid and not of {old}; give the grid '
-                    'that it was trained at as grid=(h, w)'
-                )
-            old = (side, side)
+        tokens = positions.shape[1]
+        old = grid or _source_grid('pos_embed', tokens, lambda h, w: 1 + h * w, window, ask)
+        if old is None or tokens != 1 + old[0] * old[1]:
+            raise CheckpointError(
+                f'pos_embed of {tokens} tokens is of no square grid and not of {grid or window}; give the grid that it '
+                'was trained at as grid=(h, w)'
+            )
         given['pos_embed'] = resize_abs_pos_embed(positions, old, window)
     for name, table in given.items():
         if name.endswith(TABLE) and table.ndim == 2:
-            source = table_grid(table.shape[0], grid, window)
+            rows = table.shape[0]
+            told = grid or _source_grid(name, rows, lambda h, w: (2 * h - 1) * (2 * w - 1) + 3, window, ask)
+            source = table_grid(rows, grid, told or window)
             given[name] = resize_rel_pos_bias_table(table, source, window, encoder.rel_pos_resize)
     return given
 
 
 def _check_pooling(native: Mapping[str, Tensor], own: Mapping[str, str], model: nn.Module) -> None:
     """A classifier that comes with the checkpoint needs the norm that it was trained behind."""
+    if 'lm_head.weight' in native and 'lm_head.weight' in own:
+        missing = [part for part in ('norm.weight', 'mask_token') if part in own and part not in native]
+        if missing:
+            raise CheckpointError(f'the head of the pre-training came without {some(missing)}, so it is not whole')
     head = native.get('head.weight')
     if head is None or 'head.weight' not in own or head.shape != model.state_dict()[own['head.weight']].shape:
         return
@@ -136,6 +152,31 @@ def _check_pooling(native: Mapping[str, Tensor], own: Mapping[str, str], model: 
                 f'the classifier of the checkpoint was trained without {norm}, which this model has; build it with '
                 f'global_pool={pool!r}, or leave the classifier out (load(..., drop=("head",)))'
             )
+
+
+def _check_kinds(native: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """What no resizing can mend: tensors without values, or with another number of dimensions than the model's."""
+    for name, tensor in native.items():
+        if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+            kind = 'on the meta device' if tensor.is_meta else f'{tensor.layout} of shape {tuple(tensor.shape)}'
+            raise CheckpointError(f'{name} must be a plain tensor with values, got one {kind}')
+        if name in current and name != 'stages' and tensor.ndim != current[name].ndim:
+            raise CheckpointError(f'{name} is {tuple(tensor.shape)} instead of {tuple(current[name].shape)}')
+
+
+def complaints(fitted: Fitted, model: nn.Module) -> list[str]:
+    """Why a fitted checkpoint must not be loaded: names that do not match, parts that are not whole."""
+    own = own_names(model)
+    ours = {theirs: our for our, theirs in own.items()}
+    given = {part_of(ours.get(name, name)) for name in fitted.state}
+    foreign = [name for name in fitted.state if name not in ours]
+    missing = [own[name] for name in fitted.fresh if part_of(name) == 'encoder' or part_of(name) in given]
+    found = {
+        'no table knows': fitted.rest,
+        'the model has no': foreign,
+        'it lacks': missing,
+    }
+    return [f'{what} {some(names)}' for what, names in found.items() if names]
 
 
 def _stages(found: Detection, model: Any, encoder: Any, out_indices: Sequence[int] | None) -> Sequence[int]:
@@ -160,6 +201,7 @@ def fit(
     grid: tuple[int, int] | None = None,
     out_indices: Sequence[int] | None = None,
     leave_out: re.Pattern[str] = _NOTHING,
+    ask: bool = False,
 ) -> Fitted:
     """Takes a state dict of any dialect at any resolution to the names and sizes of ``model``.
 
@@ -170,6 +212,7 @@ def fit(
         out_indices: 0-based blocks that a segmentor was trained on; by default those that its dialect means by the
             ``out_indices`` that the model was built with.
         leave_out: matches the names, ours or theirs, that are not wanted.
+        ask: see ``resize``.
 
     Raises:
         CheckpointError: see ``to_native`` and ``resize``, or the classifier reads another pooling than the model has.
@@ -178,8 +221,11 @@ def fit(
     found = detect(wanted)
     native, rest = to_native(wanted)
     encoder = encoder_of(model)
-    native = resize(native, encoder, grid)
-    if found.task == 'segmentor' and 'stages' not in native:
+    own = own_names(model)
+    current = model.state_dict()
+    _check_kinds(native, {name: current[theirs] for name, theirs in own.items()})
+    native = resize(native, encoder, grid or stated_grid(wanted), ask)
+    if found.task == 'segmentor' and 'stages' not in native and hasattr(encoder, 'stages'):
         native['stages'] = torch.tensor(_stages(found, model, encoder, out_indices))
     stages = native['stages'].flatten().tolist() if 'stages' in native else []
     if not all(0 <= stage <= len(encoder.blocks) for stage in stages):
@@ -187,7 +233,6 @@ def fit(
             f'the segmentor reads the outputs of blocks {tuple(stage - 1 for stage in stages)} (-1: the embeddings), '
             f'but the model has {len(encoder.blocks)}; build it with the out_indices that the checkpoint was trained on'
         )
-    own = own_names(model)
     parts = {part_of(name) for name in own}
     dropped = {
         name: tensor
@@ -197,7 +242,9 @@ def fit(
     native = {name: tensor for name, tensor in native.items() if name not in dropped}
     _check_pooling(native, own, model)
     state = {own.get(name, name): tensor for name, tensor in native.items()}
-    fresh = tuple(name for name in own if name not in native)
+    # what no table knows may be of the model all the same: the head of a detector
+    state |= {name: rest.pop(name) for name in list(rest) if own.get(name) == name}
+    fresh = tuple(name for name, theirs in own.items() if theirs not in state)
     return Fitted(state, rest, fresh, dropped, found)
 
 

@@ -59,18 +59,20 @@ class HFConfig(NamedTuple):
         return names and tuple(int(name.replace('stem', 'stage0').removeprefix('stage')) - 1 for name in names)
 
 
-def read_config(source: str | Path | Mapping[str, Any]) -> HFConfig:
+def read_config(source: str | Path | Mapping[str, Any], strict: bool = True) -> HFConfig:
     """Reads a configuration; options that it leaves out have the defaults of ``BeitConfig``.
 
     Args:
         source: a ``config.json``, the folder that it lies in, or its contents.
+        strict: whether options that transformers' BEiT does not have are an error; where only weights are wanted they
+            mean nothing.
 
     Raises:
         CheckpointError: no such file, cut off, of another model, an option that transformers' BEiT does not have or a
             value that it cannot take, or one that our model of the task cannot take.
     """
     raw = dict(source) if isinstance(source, Mapping) else _load(Path(source))
-    options, _ = _options(raw)
+    options, _ = _options(raw, strict)
     names = raw.get('architectures') or []
     if not isinstance(names, list | tuple):
         raise CheckpointError(f'architectures must be a list of names, got {names!r}')
@@ -141,14 +143,15 @@ def _load(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _options(raw: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _options(raw: Mapping[str, Any], strict: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
     """All options of a configuration, and what else it holds."""
     if raw.get('model_type', 'beit') != 'beit':
         raise CheckpointError(f"this is the configuration of model_type {raw['model_type']!r}, not of 'beit'")
     found = {name: value for name, value in raw.items() if name not in ('stage_names', 'segmentation_indices')}
     if found.get('out_indices') is None and 'segmentation_indices' in raw:
         found['out_indices'] = raw['segmentation_indices']  # its name in some 4.x releases
-    if unknown := [str(name) for name in found if name not in ROWS and name not in _COMMON]:
+    unknown = [str(name) for name in found if name not in ROWS and name not in _COMMON]
+    if strict and unknown:
         raise CheckpointError(f"{', '.join(unknown)}: transformers' BEiT has no such option; correct or remove it")
     options = {name: found.get(name, row.default) for name, row in ROWS.items()}
     return options, {name: value for name, value in found.items() if name not in ROWS}

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .convert import CheckpointError, StateDict, dropper, from_native, some
+from .convert import CheckpointError, StateDict, check_drop, dropper, from_native, some, task_of
 from .files import SUFFIXES, is_file_name, write_atomically, write_state_dict
-from .fit import encoder_of, fit, own_names, part_of
+from .fit import complaints, encoder_of, fit, own_names, part_of
 from .hf_config import write_config
 from .sources import read_source
+from .tables import DIALECTS
 
 __all__ = ['LoadReport', 'load', 'save']
 
@@ -36,6 +37,19 @@ class LoadReport(NamedTuple):
         if self.out_indices is not None:
             lines.append(f'reads the outputs of blocks {self.out_indices}, counted from 0')
         return '; '.join(lines)
+
+
+def _values(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model that has values.
+
+    Raises:
+        CheckpointError: it is on the meta device.
+    """
+    current = model.state_dict()
+    empty = [name for name, tensor in current.items() if tensor.is_meta]
+    if empty:
+        raise CheckpointError(f"{some(empty)} of the model have no values yet; call model.to_empty(device='cpu') first")
+    return current
 
 
 def _parts(names: Iterable[str]) -> tuple[str, ...]:
@@ -92,20 +106,13 @@ def _load(
 ) -> LoadReport:
     leave_out = dropper(drop)
     out_indices = None if config is None else config.taps
-    fitted = fit(state_dict, model, grid, out_indices, leave_out)
+    fitted = fit(state_dict, model, grid, out_indices, leave_out, ask=True)
     own = own_names(model)
     ours = {theirs: our for our, theirs in own.items()}
-    current = model.state_dict()
+    current = _values(model)
     given = {part_of(ours.get(n, n)) for n in fitted.state}
-    problems = []
-    if fitted.rest:
-        problems.append(f'no table knows {some(fitted.rest)}')
-    foreign = [n for n in fitted.state if n not in current]
-    if foreign:
-        problems.append(f'the model has no {some(foreign)}')
-    missing = [own[n] for n in fitted.fresh if part_of(n) == 'encoder' or part_of(n) in given]
-    if missing:
-        problems.append(f'it lacks {some(missing)}')
+    check_drop(drop, (*state_dict, *fitted.dropped))
+    problems = complaints(fitted, model)
     if problems:
         raise CheckpointError('; '.join(problems) + '; name what to leave out by drop=, or build the model to fit')
     wrong = _misfits(fitted.state, current)
@@ -161,14 +168,16 @@ def save(
     """
     path = Path(path)
     leave_out = dropper(drop)
-    encoder = encoder_of(model)
-    current = model.state_dict()
+    encoder: Any = encoder_of(model)
+    current = _values(model)
     own = {ours: name for ours, name in own_names(model).items() if not leave_out.fullmatch(ours)}
     h, w = encoder.window_size
     if dialect == 'native':
         state = {name: current[name] for name in own.values()}
     else:
-        state = from_native({ours: current[name] for ours, name in own.items()}, dialect, grid=(h, w))
+        is_backbone = hasattr(encoder, 'stages') and task_of(own) == 'encoder'  # also where it has no pyramid
+        task = 'backbone' if is_backbone and 'backbone' in getattr(DIALECTS.get(dialect), 'layouts', ()) else None
+        state = from_native({ours: current[name] for ours, name in own.items()}, dialect, task, (h, w))
     metadata = {'grid': f'{h}x{w}', 'dialect': dialect}
     if is_file_name(path):
         write_state_dict(state, path, metadata)

@@ -1,5 +1,6 @@
 """Where a checkpoint comes from: a file, a folder of transformers, a URL, a hub id, or a state dict in memory."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,14 +12,17 @@ from urllib.parse import urlparse
 import torch
 
 from .convert import CheckpointError, StateDict
-from .files import open_wrappers, read_metadata, read_state_dict
+from .files import is_file_name, open_wrappers, read_metadata, read_state_dict
 from .hf_config import HFConfig, read_config
 
 __all__ = ['Source', 'read_source']
 
 # in the order in which they are looked for; the indices list the files of a checkpoint that is cut into several
 _WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
-_SHA256 = re.compile(r'-([0-9a-f]{8,64})\.[a-z]+$')  # OpenMMLab and PyTorch put the beginning of it into file names
+# not a date, which is all digits
+_SHA256 = re.compile(
+    r'-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[a-z]+$'
+)  # OpenMMLab and PyTorch put the beginning of it into file names
 _HUB_ID = re.compile(r'(?:hf-hub:)?([\w.-]+/[\w.-]+)')
 
 
@@ -42,6 +46,8 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> Source:
     Raises:
         CheckpointError: it does not exist, cannot be fetched, or is no checkpoint.
     """
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        raise CheckpointError(f'expected a path, URL, hub id or state dict as a checkpoint, got {source!r}')
     if isinstance(source, Mapping):
         return Source('the state dict', open_wrappers(source, 'the state dict'), None, None)
     text = os.fspath(source)
@@ -50,7 +56,7 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> Source:
         path = _download(text)
     elif path.is_dir():
         path = _weights_in(path)
-    elif not path.exists() and _HUB_ID.fullmatch(text) and not path.suffix:
+    elif not path.exists() and _HUB_ID.fullmatch(text) and not is_file_name(path):
         path = _from_hub(text)
     if path.name.endswith('.index.json'):
         state_dict = _read_shards(path)
@@ -81,8 +87,11 @@ def _read_shards(index: Path) -> StateDict:
 
 
 def _download(url: str) -> Path:
-    name = Path(urlparse(url).path).name
-    target = Path(torch.hub.get_dir(), 'checkpoints', name)
+    parts = urlparse(url)
+    name = Path(parts.path).name
+    # many files on the web are called model.safetensors; what stands behind the ? is a key or a date
+    place = hashlib.sha256(f'{parts.netloc}{parts.path}'.encode()).hexdigest()[:16]
+    target = Path(torch.hub.get_dir(), 'checkpoints', 'beit_plugin', place, name)
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         sha256 = _SHA256.search(name)
@@ -127,7 +136,9 @@ def _config_beside(path: Path) -> HFConfig | None:
     except (ValueError, UnicodeDecodeError) as error:
         raise CheckpointError(f'{config} is cut off or no JSON ({error}); fetch or save it again') from error
     # timm's repositories have a config.json of another kind
-    return read_config(loaded) if isinstance(loaded, dict) and loaded.get('model_type') == 'beit' else None
+    return (
+        read_config(loaded, strict=False) if isinstance(loaded, dict) and loaded.get('model_type') == 'beit' else None
+    )
 
 
 def _grid_of(config: HFConfig | None) -> tuple[int, int] | None:

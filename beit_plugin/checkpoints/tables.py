@@ -10,10 +10,15 @@ Our names, whatever the model: those of ``Beit`` for the encoder and its task he
 
 from typing import NamedTuple
 
-__all__ = ['DIALECTS', 'TASKS', 'Dialect', 'Layout', 'Row']
+__all__ = ['DIALECTS', 'PARTS', 'TASKS', 'Dialect', 'Layout', 'Row']
 
 Row = tuple[str, str | None]
 
+# what a checkpoint or a model may have for one task and another be without; all else is the encoder
+PARTS = (
+    'mask_token', 'norm', 'fc_norm', 'head', 'lm_head', 'cls_pt_layers', 'pyramid', 'decode_head', 'auxiliary_head',
+    'stages',
+)  # fmt: skip
 TASKS = ('encoder', 'classifier', 'mim', 'backbone', 'segmentor')
 
 
@@ -135,6 +140,7 @@ _UNILM: tuple[Row, ...] = (
     *_TIMM,
     *_MIM,
     (f'blocks.{{i}}.attn.{_INDEX}', None),
+    (f'cls_pt_layers.{{i}}.attn.{_INDEX}', None),
     (f'rel_pos_bias.{_INDEX}', None),
     *_under('', _FPN, 'pyramid.'),
 )
@@ -188,6 +194,7 @@ _MMPRETRAIN_V2: tuple[Row, ...] = (
     *_MMPRETRAIN_MIM,
     ('neck.norm.{p}', 'norm.{p}'),  # BEiTV2Neck has the final norm
     *_under('neck.patch_aggregation.{i}.', _MM_BLOCK, 'cls_pt_layers.{i}.'),
+    (f'neck.patch_aggregation.{{i}}.attn.{_INDEX}', None),
 )
 
 # --- transformers 5.24 modeling_beit.py, in memory and on disk (hub files and what save_pretrained writes) -----------
@@ -280,7 +287,8 @@ DIALECTS: dict[str, Dialect] = {
             {
                 'encoder': Layout(),
                 'backbone': Layout('', _under('fpn.', _PYRAMID, 'pyramid.')),
-                'segmentor': Layout('backbone.', _NECK),
+                # the pyramid may be in the backbone (add_fpn) instead of the neck
+                'segmentor': Layout('backbone.', (*_NECK, *_under('backbone.fpn.', _PYRAMID, 'pyramid.'))),
             },
         ),
         Dialect(

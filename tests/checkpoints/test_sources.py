@@ -42,7 +42,7 @@ def test_url(server, tmp_path):
     folder, url = server
     write_state_dict(STATE, folder / 'x.pth')
     assert torch.equal(read_source(f'{url}/x.pth?sv=1').state_dict['a.weight'], STATE['a.weight'])
-    assert (tmp_path / 'cache/hub/checkpoints/x.pth').is_file()
+    assert len(list((tmp_path / 'cache/hub/checkpoints').rglob('x.pth'))) == 1
     with pytest.raises(CheckpointError, match=r'/none.pth cannot be fetched: HTTP Error 404'):
         read_source(f'{url}/none.pth')
     with pytest.raises(CheckpointError, match='cannot be fetched'):
@@ -55,10 +55,22 @@ def test_url_with_a_checksum(server, tmp_path):
     digest = hashlib.sha256((folder / 'x.pth').read_bytes()).hexdigest()
     (folder / 'x.pth').rename(folder / f'beit_2022-{digest[:8]}.pth')
     assert read_source(f'{url}/beit_2022-{digest[:8]}.pth').state_dict.keys() == STATE.keys()
-    (folder / 'beit-00000000.pth').write_bytes((folder / f'beit_2022-{digest[:8]}.pth').read_bytes())
+    (folder / 'beit-a0000000.pth').write_bytes((folder / f'beit_2022-{digest[:8]}.pth').read_bytes())
     with pytest.raises(CheckpointError, match='cannot be fetched: invalid hash value'):
-        read_source(f'{url}/beit-00000000.pth')
-    assert not (tmp_path / 'cache/hub/checkpoints/beit-00000000.pth').exists()
+        read_source(f'{url}/beit-a0000000.pth')
+    assert not list((tmp_path / 'cache').rglob('beit-a0000000*'))
+
+
+def test_files_of_one_name_and_names_with_a_date(server):
+    """On the hub all files are called model.safetensors; eight digits are a date, not a checksum."""
+    folder, url = server
+    for value in (1.0, 2.0):
+        (folder / str(value)).mkdir()
+        write_state_dict({'a': torch.tensor([value])}, folder / str(value) / 'model.safetensors')
+    for value in (1.0, 2.0, 1.0):
+        assert read_source(f'{url}/{value}/model.safetensors').state_dict['a'] == value
+    write_state_dict(STATE, folder / 'beit-20220101.pth')
+    assert read_source(f'{url}/beit-20220101.pth').state_dict.keys() == STATE.keys()
 
 
 class TestHub:
@@ -88,6 +100,12 @@ class TestHub:
         source = read_source(hub_id)
         assert source.name == hub_id and source.grid == (4, 6) and source.state_dict.keys() == STATE.keys()
         assert {repository for repository, _ in hub} == {'microsoft/beit-base'}
+
+    def test_id_with_a_dot_and_an_option_that_means_nothing(self, hub, tmp_path):
+        write_state_dict(STATE, tmp_path / 'model.safetensors')
+        (tmp_path / 'config.json').write_text(json.dumps({'model_type': 'beit', '_num_labels': 3, 'max_length': 20}))
+        assert read_source('timm/beit_base_patch16_224.in22k_ft_in22k_in1k').grid == (14, 14)
+        assert hub[0][0] == 'timm/beit_base_patch16_224.in22k_ft_in22k_in1k'
 
     def test_configuration_of_timm_is_none_of_ours(self, hub, tmp_path):
         write_state_dict(STATE, tmp_path / 'model.safetensors')
@@ -133,7 +151,9 @@ def test_broken_configuration_and_index(tmp_path):
 
 def test_save_that_cannot_be(tmp_path):
     model = beit()
-    with pytest.raises(CheckpointError, match=r'x is no name of a checkpoint file; end it in one of \.safetensors, \.pth'):
+    with pytest.raises(
+        CheckpointError, match=r'x is no name of a checkpoint file; end it in one of \.safetensors, \.pth'
+    ):
         save(model, tmp_path / 'x', dialect='timm')
     with pytest.raises(CheckpointError, match='an encoder of timm has no place for mask_token'):
         save(beit(use_mask_token=True), tmp_path / 'x.pth', dialect='timm')

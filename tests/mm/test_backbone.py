@@ -27,6 +27,7 @@ from mmseg.structures import SegDataSample
 from beit_plugin.checkpoints.convert import CheckpointError, from_native, to_native
 from beit_plugin.mm.backbone import BEiTBackbone
 from beit_plugin.models.beit import Beit
+from beit_plugin.models.relative_position import relative_position_index
 from beit_plugin.models.resample import resize_rel_pos_bias_table
 
 pytestmark = pytest.mark.usefixtures('mmseg_scope')
@@ -141,7 +142,7 @@ def dialects():
         yield dialect, beit, encoder
     segmentor = {f'backbone.{n}': t for n, t in from_native(encoder, 'mmseg').items()}
     yield 'segmentor', {**segmentor, 'decode_head.conv_seg.weight': torch.ones(1)}, encoder
-    index = {'blocks.0.attn.relative_position_index': torch.zeros(10, 10, dtype=torch.long)}
+    index = {'blocks.0.attn.relative_position_index': relative_position_index(3, 3)}
     classifier = {'head.weight': torch.ones(5, 16), 'head.bias': torch.ones(5)}
     yield 'unilm', {**native, **index, **classifier}, encoder
 
