@@ -7,11 +7,23 @@ import sys
 
 import pytest
 import torch
-from checkpoints.peers import CLASSES, PEERS, beit, build, disk_state, mim, mim_v2, segmentor
+from checkpoints.peers import (
+    CLASSES,
+    PEERS,
+    backbone,
+    beit,
+    build,
+    disk_state,
+    mim,
+    mim_v2,
+    mmpretrain_vit,
+    mmseg_backbone,
+    segmentor,
+)
 from helpers import images, randomize, relative_error
 from tools_common import ROOT
 
-from beit_plugin.checkpoints import convert, detect, load
+from beit_plugin.checkpoints import convert, detect, load, save
 from beit_plugin.checkpoints.files import read_state_dict, write_state_dict
 
 needs_transformers = pytest.mark.skipif(
@@ -28,6 +40,24 @@ def tool(name, *args, cwd, status=0):
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stderr if status else done.stdout
+
+
+def converted(monkeypatch, capsys, *args):
+    """What the tool prints, in this process, which takes a tenth of the time."""
+    import convert_checkpoint
+
+    monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, args)])
+    convert_checkpoint.main()
+    return capsys.readouterr().out
+
+
+def inspected(monkeypatch, capsys, *args):
+    """What the tool prints, in this process."""
+    import inspect_checkpoint
+
+    monkeypatch.setattr(sys, 'argv', ['inspect_checkpoint.py', *map(str, args)])
+    inspect_checkpoint.main()
+    return capsys.readouterr().out
 
 
 @needs_transformers
@@ -80,6 +110,13 @@ def test_a_file_to_a_folder(make, tmp_path):
     ('args', 'sentence'),
     [
         (('none.pth', 'y.pth', '--to', 'timm'), 'none.pth does not exist; give the path'),
+        (('x.pth', 'y.pth', '--to', 'unilm', '--drop', 'lm_haed'), 'drop names lm_haed, which the checkpoint does not'),
+        (('x.pth', 'y', '--to', 'transformers', '--drop', 'lm_head', 'maks'), 'drop names maks, which the checkpoint'),
+        (
+            ('seg.pth', 'y', '--to', 'transformers', '--out-indices', 1, 2, 3, 9),
+            'seg.pth makes no model: out_indices [9] do not exist',
+        ),
+        (('odd.pth', 'y', '--to', 'transformers'), 'expected blocks.0.gamma_1 with 1 dimension, not 0, got shape ()'),
         (('x.pth', 'y.pth', '--to', 'klingon'), "unknown dialect 'klingon'; known are timm"),
         (('x.pth', 'y', '--to', 'timm'), 'y is no name of a file: end it in one of .safetensors, .pth'),
         (('x.pth', 'no/y.pth', '--to', 'unilm'), 'no/y.pth cannot be written: No such file or directory'),
@@ -93,9 +130,11 @@ def test_a_file_to_a_folder(make, tmp_path):
 def test_one_sentence(args, sentence, tmp_path):
     write_state_dict(mim().state_dict(), tmp_path / 'x.pth')
     write_state_dict(beit(use_rel_pos_bias=False).state_dict(), tmp_path / 'flat.pth')
+    write_state_dict(segmentor().state_dict(), tmp_path / 'seg.pth')
+    write_state_dict({**beit().state_dict(), 'blocks.0.gamma_1': torch.tensor(1.0)}, tmp_path / 'odd.pth')
     error = tool('convert_checkpoint.py', *args, cwd=tmp_path, status=1)
     assert error.startswith('error: ') and len(error.strip().splitlines()) == 1 and sentence in error
-    assert sorted(os.listdir(tmp_path)) == ['flat.pth', 'x.pth']
+    assert sorted(os.listdir(tmp_path)) == ['flat.pth', 'odd.pth', 'seg.pth', 'x.pth']
 
 
 def test_drop_and_grid(tmp_path):
@@ -129,24 +168,194 @@ def test_inspect(tmp_path):
         assert part in said, said
 
 
-def test_inspect_the_code_it_prints(tmp_path):
-    """The line for timm runs."""
-    import timm  # noqa: F401
+def made_by(said):
+    """The model that the first line of code makes and loads."""
+    import timm
 
-    import beit_plugin  # noqa: F401
+    import beit_plugin
 
-    for name, model in (
-        ('a.pth', beit(embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0, num_classes=CLASSES, global_pool='token')),
-        ('b.pth', mim_v2(embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0, early_layers=9)),
-        ('c.pth', segmentor(embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0, auxiliary_channels=256,
-                            auxiliary_concat_input=False)),
-    ):  # fmt: skip
-        path = tmp_path / name
-        write_state_dict(model.state_dict(), path)
-        said = tool('inspect_checkpoint.py', path, cwd=tmp_path)
-        (line,) = [line for line in said.splitlines() if 'timm.create_model' in line]
-        made = eval(line)
-        assert torch.equal(next(iter(made.state_dict().values())), next(iter(model.state_dict().values())))
+    line = said.split('loads into\n')[1].splitlines()[0].strip()
+    scope = {'timm': timm, 'beit_plugin': beit_plugin}
+    result = eval(line, scope)
+    return line, scope.get('model', result).eval()
+
+
+def result(model, x):
+    """One tensor of all that a model gives."""
+    out = model.eval()(x)
+    return torch.cat([y.flatten() for y in (out if isinstance(out, tuple) else (out,)) if y is not None])
+
+
+NAMED = dict(embed_dim=192, depth=12, num_heads=3, mlp_ratio=4.0)  # the published size that is called tiny
+POSITIONS = dict(use_rel_pos_bias=False, use_abs_pos_emb=True)
+BARE = dict(in_chans=1, qkv_bias=False, init_values=None, patch_norm=True)
+
+
+@pytest.mark.parametrize(
+    ('make', 'expected'),
+    [
+        (lambda: beit(num_classes=CLASSES, global_pool='token', **NAMED),
+         "timm.create_model('beit_plugin_tiny_patch16_224', img_size=(32, 32), num_classes=7, global_pool='token', "),
+        (lambda: beit(**{**NAMED, **POSITIONS, **BARE, 'num_classes': 1000, 'img_size': 224}),
+         "timm.create_model('beit_plugin_tiny_patch16_224', in_chans=1, use_abs_pos_emb=True, use_rel_pos_bias=False, "
+         'qkv_bias=False, patch_norm=True, init_values=None, checkpoint_path='),
+        (lambda: beit(**{**NAMED, 'num_heads': 6, 'mlp_ratio': 2.5}), ', mlp_ratio=2.5, num_heads=6, '),
+        (lambda: beit(use_shared_rel_pos_bias=True, use_mask_token=True, **NAMED),
+         ', use_mask_token=True, use_shared_rel_pos_bias=True, '),
+        (lambda: mim(use_shared_rel_pos_bias=False, use_mask_token=False, **NAMED),
+         ', use_mask_token=False, use_shared_rel_pos_bias=False, '),
+        (lambda: mim(use_rel_pos_bias=True, vocab_size=8192, **NAMED),
+         "timm.create_model('beit_plugin_tiny_patch16_224_mim', use_rel_pos_bias=True, img_size=(32, 32), check"),
+        (lambda: mim_v2(early_layers=9, head_layers=1, **{**NAMED, 'embed_dim': 768, 'num_heads': 12}),
+         "timm.create_model('beitv2_plugin_base_patch16_224_mim', img_size=(32, 32), num_classes=11, head_layers=1, "),
+        (lambda: mim_v2(early_layers=9, **NAMED), 'beit_plugin.models.mim.BeitV2ForMaskedImageModeling(embed_dim=192, '),
+        (lambda: segmentor(channels=8, auxiliary_num_convs=2, out_indices=(0, 2, 4, 6), **NAMED),
+         "timm.create_model('beit_plugin_tiny_patch16_640_upernet', img_size=(32, 32), num_classes=7, channels=8, "
+         'out_indices=(0, 2, 4, 6), auxiliary_channels=6, auxiliary_num_convs=2, auxiliary_concat_input=True, '),
+        (lambda: segmentor(**{**NAMED, 'auxiliary_concat_input': False, 'auxiliary_channels': 192,
+                              'auxiliary_num_convs': 0}), ', auxiliary_channels=192, auxiliary_num_convs=0, check'),
+        (lambda: segmentor(use_auxiliary_head=False, **NAMED), ', use_auxiliary_head=False, '),
+        (lambda: segmentor(out_features=['stem', 'stage2', 'stage3', 'stage4'], **NAMED), ", out_features=('stem', "),
+        (lambda: backbone(out_indices=None, add_fpn=True, final_norm=True, **NAMED),
+         'beit_plugin.checkpoints.load(model := beit_plugin.BeitBackbone(embed_dim=192, num_heads=3, '
+         'img_size=(32, 32), add_fpn=True, final_norm=True), '),
+        (lambda: backbone(out_indices=None), 'beit_plugin.BeitBackbone(embed_dim=16, depth=5, mlp_ratio=2.0, '),
+        (beit, 'beit_plugin.checkpoints.load(model := beit_plugin.Beit(embed_dim=16, depth=5, mlp_ratio=2.0, '),
+        (lambda: segmentor(channels=8), 'beit_plugin.models.segmentor.build_segmentor(embed_dim=16, '),
+        (lambda: beit(patch_size=8, **NAMED), 'beit_plugin.Beit(embed_dim=192, patch_size=(8, 8), num_heads=3, '),
+    ],
+)  # fmt: skip
+def test_inspect_the_code_it_prints(make, expected, tmp_path, monkeypatch, capsys):
+    """Run as printed, it makes the same function."""
+    path, model = tmp_path / 'x.pth', randomize(make())
+    write_state_dict(model.state_dict(), path)
+    line, made = made_by(inspected(monkeypatch, capsys, path))
+    assert expected in line and str(path) in line
+    x = images(32, 32, channels=next(iter(model.modules())).in_chans if hasattr(model, 'in_chans') else 3)
+    assert torch.equal(result(made, x), result(model, x))
+
+
+@pytest.mark.parametrize('options', [{}, POSITIONS])
+@pytest.mark.parametrize('size', [NAMED, {}])
+def test_inspect_the_code_for_another_grid(size, options, tmp_path, monkeypatch, capsys):
+    path, model = tmp_path / 'x.pth', randomize(beit(img_size=(32, 48), **size, **options))
+    if not size and options:
+        pytest.skip('the number of heads is told neither by a table nor by the size')
+    write_state_dict(model.state_dict(), path)
+    line, made = made_by(inspected(monkeypatch, capsys, path, '--grid', 2, 3))
+    assert 'img_size=(32, 48)' in line and made.window_size == (2, 3)
+    assert torch.equal(result(made, images(32, 48)), result(model, images(32, 48)))
+
+
+def test_inspect_what_no_weight_tells(tmp_path, monkeypatch, capsys):
+    write_state_dict(beit(**POSITIONS).state_dict(), tmp_path / 'x.pth')
+    said = inspected(monkeypatch, capsys, tmp_path / 'x.pth')
+    assert 'not told    num_heads: no weight says it' in said and 'Beit(num_heads=..., embed_dim=16' in said
+    assert '5 blocks, an unknown number of heads, MLP' in said
+    write_state_dict(segmentor(pool_scales=(1, 2), **NAMED).state_dict(), tmp_path / 'y.pth')
+    said = inspected(monkeypatch, capsys, tmp_path / 'y.pth')
+    assert 'not told    pool_scales: no weight says it' in said and "_upernet', pool_scales=..., " in said
+
+
+@needs_transformers
+@pytest.mark.parametrize('peer', ['encoder', 'encoder with everything', 'classifier of [CLS]', 'mim', 'segmentor'])
+def test_inspect_the_code_for_a_folder(peer, tmp_path, monkeypatch, capsys):
+    """The configuration of transformers says what weights do not: here the epsilon of the norms, blocks, dropout."""
+    theirs, ours = build(PEERS[f'transformers/{peer}'])
+    theirs.config.layer_norm_eps = 1e-3
+    disk_state(theirs, tmp_path)
+    line, made = made_by(inspected(monkeypatch, capsys, tmp_path))
+    load(ours, tmp_path)
+    for module in ours.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-3
+    assert (
+        'norm_eps=0.001' in line
+        and 'drop_path_rate=0.1' in line
+        and ('out_indices=(0, 1, 2, 3)' in line) == (peer == 'segmentor')
+    )
+    assert torch.equal(result(made, images(32, 32)), result(ours, images(32, 32)))
+
+
+@needs_transformers
+@pytest.mark.parametrize('add_fpn', [True, False])
+def test_inspect_the_code_for_a_backbone_of_transformers(add_fpn, tmp_path, monkeypatch, capsys):
+    from checkpoints.peers import hf_config
+    from transformers.models.beit.modeling_beit import BeitBackbone
+
+    theirs = randomize(BeitBackbone(hf_config(add_fpn=add_fpn))).eval()
+    disk_state(theirs, tmp_path)
+    _, made = made_by(inspected(monkeypatch, capsys, tmp_path))
+    for got, expected in zip(made(images(32, 32)), theirs(images(32, 32)).feature_maps, strict=True):
+        assert relative_error(got, expected) <= 1e-5
+
+
+def test_which_blocks_a_segmentor_reads(tmp_path, monkeypatch, capsys):
+    """Every conversion of a segmentor says it, with what the weights note or else the rule."""
+    path = tmp_path / 'ours.pth'
+    write_state_dict(segmentor(out_indices=(0, 1, 2, 3)).state_dict(), path)
+    write_state_dict(convert(read_state_dict(path), to='transformers'), tmp_path / 'theirs.pth')
+    known = 'it reads the outputs of blocks (0, 1, 2, 3), counted from 0'
+    rule = (
+        'the out_indices of its configuration say which blocks it reads, not the weights: out_indices=[3, 5, 7, 11] of '
+    )
+    theirs, ours = 'transformers are blocks (1, 3, 5, 9), counted from 0', '{} are blocks (3, 5, 7, 11), counted from 0'
+    for source, to, line in (
+        ('ours.pth', 'mmseg', f'{known}: out_indices=[0, 1, 2, 3] of mmseg'),
+        ('ours.pth', 'transformers', f'{known}: out_indices=[2, 3, 4, 5] of transformers'),
+        ('theirs.pth', 'mmseg', f'{rule}{theirs}; out_indices=[3, 5, 7, 11] of {ours.format("mmseg")}'),
+        ('mmseg.pth', 'transformers', f'{rule}{ours.format("mmseg")}; out_indices=[3, 5, 7, 11] of {theirs}'),
+        ('mmseg.pth', 'unilm', f'{rule}{ours.format("mmseg")}; out_indices=[3, 5, 7, 11] of {ours.format("unilm")}'),
+        ('unilm.pth', 'unilm', f'{rule}{ours.format("unilm")}'),
+    ):
+        said = converted(monkeypatch, capsys, tmp_path / source, tmp_path / f'{to}.pth', '--to', to)
+        assert said.splitlines()[1:] == [line]
+    said = inspected(monkeypatch, capsys, path)
+    assert 'taps        outputs of blocks (0, 1, 2, 3), counted from 0\n' in said
+    said = inspected(monkeypatch, capsys, tmp_path / 'theirs.pth')
+    assert f'taps        not said by the weights; out_indices=[3, 5, 7, 11] of {theirs}\n' in said
+
+    write_state_dict(segmentor(out_indices=(0, 1, 2, 4)).state_dict(), path)
+    said = converted(monkeypatch, capsys, path, tmp_path / 'y.pth', '--to', 'transformers')
+    assert said.endswith('blocks (0, 1, 2, 4), counted from 0: no out_indices of transformers say this\n')
+    drop = ('--drop', 'decode_head', 'auxiliary_head', 'pyramid')
+    said = converted(monkeypatch, capsys, path, tmp_path / 'y.pth', '--to', 'mmseg', *drop)
+    assert said.endswith('blocks (0, 1, 2, 4), counted from 0\n')
+    said = converted(monkeypatch, capsys, path, tmp_path / 'y.pth', '--to', 'native', '--drop', '_extra_state')
+    assert '_extra_state' not in read_state_dict(tmp_path / 'y.pth')
+    write_state_dict(beit().state_dict(), path)
+    assert len(converted(monkeypatch, capsys, path, tmp_path / 'y.pth', '--to', 'unilm').splitlines()) == 1
+
+
+@needs_transformers
+def test_a_segmentor_of_transformers_as_a_file_of_ours(tmp_path, monkeypatch, capsys):
+    """The blocks that its configuration names go into the file."""
+    theirs, ours = build(PEERS['transformers/segmentor'])
+    disk_state(theirs, tmp_path)
+    said = converted(monkeypatch, capsys, tmp_path, tmp_path / 'x.pth', '--to', 'native')
+    assert said.endswith('blocks (0, 1, 2, 3), counted from 0: out_indices=[0, 1, 2, 3] of native\n')
+    ours = segmentor().eval()  # reads blocks 0, 1, 2, 4 until it is told otherwise
+    load(ours, tmp_path / 'x.pth')
+    assert relative_error(ours(images(32, 32)), theirs(images(32, 32)).logits) <= 1e-5
+
+
+@pytest.mark.parametrize('to', ['mmseg', 'mmpretrain', 'unilm'])
+def test_the_index_of_a_grid_that_is_not_square(to, tmp_path, monkeypatch, capsys):
+    """The file has the index that the host makes, and loads into it with strict=True."""
+    pytest.importorskip('mmpretrain' if to == 'mmpretrain' else 'mmseg')
+    options = dict(img_size=(32, 48))
+    host = mmpretrain_vit(**options) if to == 'mmpretrain' else mmseg_backbone(**options)
+    model = beit(**options) if to == 'mmpretrain' else backbone(**options)
+    write_state_dict(model.state_dict(), tmp_path / 'x.pth')
+    save(model, tmp_path / 'saved.pth', dialect=to)
+    converted(monkeypatch, capsys, tmp_path / 'x.pth', tmp_path / 'y.pth', '--to', to, '--grid', 2, 3)
+    expected = host.state_dict()['layers.0.attn.relative_position_index']
+    for name in ('saved.pth', 'y.pth'):
+        state = read_state_dict(tmp_path / name)
+        indices = [tensor for name, tensor in state.items() if name.endswith('relative_position_index')]
+        assert len(indices) == 5 and all(torch.equal(index, expected) for index in indices)
+        if to != 'unilm':
+            host.load_state_dict(state, strict=True)
 
 
 def test_inspect_something_else(tmp_path):
@@ -158,4 +367,8 @@ def test_inspect_something_else(tmp_path):
     del state['patch_embed.proj.weight']
     write_state_dict(state, tmp_path / 'z.pth')
     sentence = tool('inspect_checkpoint.py', 'z.pth', cwd=tmp_path, status=1)
-    assert 'expected patch_embed.proj.weight with 4 dimensions, got nothing; the checkpoint is not whole' in sentence
+    assert 'expected patch_embed.proj.weight with 4 dimensions, none of them 0, got nothing; the checkpoint' in sentence
+    state = beit(img_size=(32, 48), **POSITIONS).state_dict()
+    write_state_dict(state, tmp_path / 'w.pth')
+    sentence = tool('inspect_checkpoint.py', 'w.pth', cwd=tmp_path, status=1)
+    assert 'which is not of a square grid; give the grid' in sentence and len(sentence.strip().splitlines()) == 1

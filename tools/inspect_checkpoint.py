@@ -70,22 +70,13 @@ def timm_name(what: Any) -> str | None:
 
 
 def stated(what: Any, config: Any) -> dict[str, Any]:
-    """All arguments that are known: the weights tell some, the configuration of transformers others."""
-    from beit_plugin.checkpoints.hf_options import ENCODER
+    """All arguments that are known; `...` for what one must know to load it."""
+    from beit_plugin.checkpoints.describe import all_arguments
 
-    told = dict(what.arguments)
+    told = all_arguments(what, config)
     if told['init_values'] is not None:
         del told['init_values']  # where training ended says nothing of where it started
-    if config is None:
-        return told | {name: ... for name in what.untold}
-    encoder = {'mlp_ratio', 'img_size', *(name for row in ENCODER for name in row.ours.split())}
-    is_same = config.task == what.task or (config.task, what.model) == ('backbone', 'BeitBackbone')
-    others = ('num_classes', 'global_pool') if what.model == 'BeitBackbone' else ()
-    return told | {
-        name: value
-        for name, value in config.arguments.items()
-        if (is_same or name in encoder) and name not in others
-    }
+    return {name: ... for name in what.untold} | told
 
 
 def options(what: Any, config: Any, name: str | None) -> str:
@@ -125,7 +116,7 @@ def uses(what: Any, source: Any) -> list[str]:
     lines = []
     create = f'{MODULES[what.model]}.{what.model}({arguments})'
     if name is not None:
-        create = f"timm.create_model({', '.join(filter(None, (repr(name), arguments)))})"
+        create = f'timm.create_model({", ".join(filter(None, (repr(name), arguments)))})'
     if name is not None and Path(path).is_file():
         lines.append(f'{create[:-1]}, checkpoint_path={path!r})')
     else:
@@ -169,13 +160,14 @@ def main() -> None:
         or 'encoder only',
         'outputs': str(arguments.get('num_classes') or arguments.get('vocab_size') or 'none'),
     }
-    taps = what.taps if source.config is None else source.config.taps
+    taps = what.taps if source.config is None or source.config.taps is None else source.config.taps
     if taps is not None:
         rows['taps'] = f'outputs of blocks {taps}, counted from 0'
     elif what.task == 'segmentor':
         rows['taps'] = f'not said by the weights; {tap_rule(what.dialect)}'
-    if source.config is None and what.untold:
-        rows['not told'] = f'{", ".join(what.untold)}: no weight depends on it'
+    untold = [name for name, value in stated(what, source.config).items() if value is ...]
+    if untold:
+        rows['not told'] = f'{", ".join(untold)}: no weight says it'
     if what.unknown:
         rows['unknown'] = f'{len(what.unknown)} tensors that no table knows: {", ".join(what.unknown[:4])}'
     for name, value in rows.items():

@@ -10,9 +10,11 @@ from torch import Tensor
 from .convert import SHARED_TABLE, TABLE, CheckpointError, Detection, depth_of, detect, read_names, to_native
 from .fit import part_of
 from .grids import stated_grid, table_grid
+from .hf_config import HFConfig
+from .hf_options import ENCODER
 from .tables import DIALECTS, PARTS
 
-__all__ = ['Description', 'describe', 'tap_rule', 'taps_in', 'taps_of']
+__all__ = ['Description', 'all_arguments', 'describe', 'tap_rule', 'taps_in', 'taps_of']
 
 _MODELS = {
     'mim': 'BeitForMaskedImageModeling',
@@ -182,6 +184,17 @@ def _of_model(native: Mapping[str, Tensor], model: str, taps: tuple[int, ...] | 
     pooled = 'fc_norm.weight' in native or 'norm.weight' not in native
     classes = _shape(native, 'head.weight', 2)[0] if 'head.weight' in native else 0
     return {'num_classes': classes, 'global_pool': 'avg' if pooled else 'token'}
+
+
+def all_arguments(what: Description, config: HFConfig | None) -> dict[str, Any]:
+    """The arguments of ``what.model`` that the weights tell, and those that a configuration beside them tells."""
+    if config is None:
+        return dict(what.arguments)
+    encoder = {'mlp_ratio', 'img_size', *(name for row in ENCODER for name in row.ours.split())}
+    is_same = config.task == what.task or (config.task, what.model) == ('backbone', 'BeitBackbone')
+    foreign = {'num_classes', 'global_pool'} if what.model == 'BeitBackbone' else set()
+    told = {name: value for name, value in config.arguments.items() if is_same or name in encoder}
+    return what.arguments | {name: value for name, value in told.items() if name not in foreign}
 
 
 def taps_of(state_dict: Mapping[str, Tensor], found: Detection) -> tuple[int, ...] | None:

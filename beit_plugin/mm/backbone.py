@@ -24,9 +24,13 @@ from ..checkpoints.sources import read_source
 from ..models.backbone import BeitBackbone
 from ..models.block import Block, activation
 from ..models.resample import ResizeRule
+from .loading import NECK
 from .norm import SYNC_BN, NormFactory
 
 __all__ = ['BEiTBackbone']
+
+# what mmengine's own PretrainedInit takes, and what a checkpoint of BEiT may need in addition
+_PRETRAINED = ('type', 'checkpoint', 'prefix', 'map_location', 'grid', 'drop')
 
 
 def _layer_norm_eps(norm_cfg: dict[str, Any]) -> float:
@@ -52,6 +56,25 @@ def _build_activation(act_cfg: Mapping[str, Any]) -> nn.Module:
     return layer(**cfg)
 
 
+def _take_pyramid(
+    model: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: Mapping[str, Any],
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    *_: Any,
+) -> None:
+    """Before a state dict is loaded: where the model has no neck, the pyramid inside takes that of the checkpoint."""
+    neck = metadata.get(NECK, {})
+    if getattr(model, 'fpn', None) is None or not neck.keys() <= set(unexpected):
+        return
+    for name, tensor in neck.items():
+        unexpected.remove(name)
+        state_dict[f'{prefix}fpn.{name.removeprefix("neck.")}'] = tensor
+
+
 @MODELS.register_module()
 class BEiTBackbone(BeitBackbone):
     """BEiT feature maps for necks and heads.
@@ -66,8 +89,8 @@ class BEiTBackbone(BeitBackbone):
         patch_norm, final_norm: LayerNorm after the patch embedding, after the last block.
         num_fcs: layers of the MLP; only 2.
         norm_eval: keep norm layers in eval mode while training.
-        pretrained, init_cfg: a checkpoint of any dialect, given the short or the long way; mmengine's other
-            initialisers work too.
+        pretrained, init_cfg: a checkpoint of any dialect, given the short or the long way, which takes mmengine's
+            ``prefix`` and the ``grid`` and ``drop`` of ``checkpoints.load`` too; mmengine's other initialisers work.
         use_rel_pos_bias, use_shared_rel_pos_bias: bias tables of each layer, or one for all (not both).
         use_abs_pos_emb, use_mask_token, rel_pos_resize, attn_backend, pos_drop_rate, proj_drop_rate, init_std: as
             ``models.beit.Beit``.
@@ -164,6 +187,7 @@ class BEiTBackbone(BeitBackbone):
         self.set_grad_checkpointing(with_cp)
         self.norm_eval = norm_eval
         self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
+        self.register_load_state_dict_pre_hook(_take_pyramid)
         accept_any_dialect(self)
 
     @property
@@ -176,6 +200,7 @@ class BEiTBackbone(BeitBackbone):
 
         Raises:
             CheckpointError: the checkpoint lacks a parameter of this backbone or has one that no part of BEiT owns.
+            ValueError: an ``init_cfg`` of type 'Pretrained' without a checkpoint or with an unknown key.
         """
         super().init_weights(needs_reset)
         init_cfg = getattr(self, 'init_cfg', None)  # the encoder's constructor initialises before there is one
@@ -185,18 +210,27 @@ class BEiTBackbone(BeitBackbone):
             elif 'checkpoint' not in cfg:
                 raise ValueError(f"init_cfg of type 'Pretrained' needs checkpoint='FILE', got {cfg}")
             else:
-                self._load_pretrained(**{key: value for key, value in cfg.items() if key != 'type'})
+                self._load_pretrained(cfg)
 
-    def _load_pretrained(self, checkpoint: str, prefix: str = '', **_: Any) -> None:
+    def _load_pretrained(self, cfg: Mapping[str, Any]) -> None:
+        unknown = [key for key in cfg if key not in _PRETRAINED]
+        if unknown:
+            raise ValueError(
+                f"init_cfg of type 'Pretrained' takes {', '.join(_PRETRAINED[1:])}, not {', '.join(map(str, unknown))}"
+            )
+        checkpoint, prefix, grid = cfg['checkpoint'], cfg.get('prefix'), cfg.get('grid')
+        if isinstance(grid, Sequence):  # a config may write a list
+            grid = tuple(grid)
         # mmengine knows further schemes, such as open-mmlab:// and petrel://
         known = urlparse(checkpoint).scheme in ('', 'http', 'https') or Path(checkpoint).exists()
         source: Any = checkpoint if known else CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         if prefix:  # as mmengine's PretrainedInit: the rest belongs to other parts of a larger model
             prefix = prefix.rstrip('.') + '.'
-            whole = read_source(source).state_dict
-            source = {name.removeprefix(prefix): t for name, t in whole.items() if name.startswith(prefix)}
+            whole = read_source(source)
+            source = {name.removeprefix(prefix): t for name, t in whole.state_dict.items() if name.startswith(prefix)}
+            grid = grid or whole.grid
         try:
-            report = load(self, source)
+            report = load(self, source, drop=cfg.get('drop') or (), grid=grid)
         except CheckpointError as error:
             hint = '' if prefix else "; prefix='backbone.' in init_cfg takes only the backbone of a larger model"
             raise CheckpointError(f'{error}{hint}' if checkpoint in str(error) else f'{checkpoint}: {error}') from error

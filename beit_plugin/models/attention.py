@@ -9,6 +9,7 @@ Shapes: B batch, N tokens, C channels, K heads, D head dim.
 import os
 from importlib.util import find_spec
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ __all__ = ['ATTENTION_BACKENDS', 'Attention', 'AttentionBackend', 'attention', '
 
 AttentionBackend = Literal['auto', 'eager', 'sdpa', 'fused']
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
+CACHED_BYTES = 64 * 2**20  # largest bias that is kept for the next inference on the CPU: 12 heads at 512 pixels
+# beside the modules, so that it is neither copied nor pickled with them
+_BIAS_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor, Tensor]] = WeakKeyDictionary()
 
 
 def eager_attention(
@@ -154,6 +158,35 @@ class Attention(nn.Module):
             raise ValueError(f"attn_backend='fused' cannot serve: {reason}; use attn_backend='auto'")
         return True
 
+    def _may_cache(self, geometry: BiasGeometry) -> bool:
+        """Whether the bias of this forward is the same as in the next: inference on the CPU.
+
+        Elsewhere comparing the table with that of the last forward would wait for the device.
+        """
+        table = self.relative_position_bias_table
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or table is None or geometry.index is None:
+            return False
+        size = table.shape[1] * geometry.index.numel() * table.element_size()
+        return table.device.type == 'cpu' and size <= CACHED_BYTES
+
+    def _cached_bias(self, table: Tensor, geometry: BiasGeometry) -> Tensor:
+        """``gather_bias``, done once for each table and grid.
+
+        The tables are compared by value: trainers swap averaged weights through ``.data``, which no version counter
+        sees.
+        """
+        grid, known, bias = _BIAS_CACHE.get(self, (None, None, None))
+        if (
+            bias is None
+            or known is None
+            or grid != geometry.grid
+            or known.dtype != table.dtype
+            or not known.equal(table)
+        ):
+            bias = gather_bias(table, geometry)
+            _BIAS_CACHE[self] = geometry.grid, table.detach().clone(), bias
+        return bias
+
     def forward(
         self,
         x: Tensor,
@@ -184,7 +217,8 @@ class Attention(nn.Module):
         fused = geometry is not None and geometry.index is None
         bias = shared_bias
         if self.relative_position_bias_table is not None and geometry is not None:
-            own = (table_at if fused else gather_bias)(self.relative_position_bias_table, geometry)
+            read = table_at if fused else self._cached_bias if self._may_cache(geometry) else gather_bias
+            own = read(self.relative_position_bias_table, geometry)
             bias = own if bias is None else own + bias
         if fused and geometry is not None and bias is not None:
             from ..kernels.ops import attend  # not before it is needed: Triton looks for a GPU

@@ -1,4 +1,4 @@
-"""Checkpoints of every dialect through the hosts' own loaders, with no conversion before."""
+"""Checkpoints of every dialect through timm's own loaders, with no conversion before; OpenMMLab: mm/test_loading.py."""
 
 import importlib.util
 import json
@@ -136,65 +136,6 @@ class TestStages:
             model.load_state_dict(state)
         with pytest.raises(ValueError, match=r'reads the stages \(1, 2, 3, 9\)'):
             model.set_extra_state(state['_extra_state'])
-
-
-@needs_mmseg
-class TestOpenMMLab:
-    def test_init_cfg_reads_every_dialect_and_grid(self, tmp_path):
-        from mmengine.registry import MODELS
-
-        import beit_plugin.mm  # noqa: F401
-
-        for name in ('timm/encoder', 'transformers/mim', 'transformers/segmentor', 'mmpretrain/mim', 'mmseg/segmentor'):
-            folder = tmp_path / name.replace('/', '-')
-            folder.mkdir()
-            _, _, path = written(name, folder)
-            backbone = dict(type='BEiTBackbone', img_size=(48, 80), embed_dims=DIM, num_layers=DEPTH, num_heads=HEADS,
-                            mlp_ratio=2, out_indices=TAPS)  # fmt: skip
-            model = MODELS.build({**backbone, 'init_cfg': dict(type='Pretrained', checkpoint=str(path))})
-            model.init_weights()
-            native = MODELS.build({**backbone, 'img_size': 32})
-            load(native, path)
-            got, expected = model(images(48, 80)), native(images(48, 80))
-            assert max(map(relative_error, got, expected)) <= 1e-5, name
-
-    @pytest.mark.parametrize('name', ['transformers/segmentor', 'unilm', 'native', 'mmseg/segmentor'])
-    def test_load_checkpoint_sets_a_whole_segmentor(self, name, tmp_path):
-        """What load_from, test.py, init_model and the inferencers call, with mmsegmentation's own EncoderDecoder."""
-        from mmengine.runner import load_checkpoint
-
-        model = mmseg_segmentor(ours=True).eval()
-        if name in PEERS:
-            case, theirs, path = written(name, tmp_path)
-            model.backbone.stages = (1, 2, 3, 4) if 'transformers' in name else model.backbone.stages
-        else:
-            case = PEERS['mmseg/segmentor']
-            theirs, path = build(case)[0], tmp_path / 'x.pth'
-            torch.save({'model': convert(theirs.state_dict(), to=name)}, path)
-        loaded = load_checkpoint(model, str(path), map_location='cpu', strict=True)
-        assert 'state_dict' in loaded or name == 'mmseg/segmentor'
-        expected = case.run_theirs(theirs, images(32, 32))[0]
-        assert relative_error(model(images(32, 32), mode='tensor'), expected) <= 1e-5
-
-    def test_an_encoder_alone_gets_a_hint(self, tmp_path):
-        from mmengine.logging import MMLogger
-        from mmengine.runner import load_checkpoint
-
-        _, _, path = written('timm/encoder', tmp_path)
-        model, logger = mmseg_segmentor(ours=True), MMLogger.get_instance('hint', log_file=str(tmp_path / 'log'))
-        load_checkpoint(model, str(path), map_location='cpu', logger=logger)
-        assert 'init_cfg of BEiTBackbone takes it' in (tmp_path / 'log').read_text()
-
-    def test_other_files_come_as_they_are(self, tmp_path):
-        from mmengine.runner.checkpoint import CheckpointLoader
-
-        import beit_plugin.mm  # noqa: F401
-
-        thing = {'state_dict': {'conv.weight': torch.ones(2)}, 'meta': {'epoch': 3}}
-        torch.save(thing, tmp_path / 'x.pth')
-        assert CheckpointLoader.load_checkpoint(str(tmp_path / 'x.pth'))['meta'] == {'epoch': 3}
-        with pytest.raises(FileNotFoundError):
-            CheckpointLoader.load_checkpoint(str(tmp_path / 'y.pth'))
 
 
 @needs_transformers

@@ -5,7 +5,7 @@ import torch
 from helpers import relative_error
 
 from beit_plugin.models.attention import ATTENTION_BACKENDS, Attention, attention, eager_attention
-from beit_plugin.models.relative_position import bias_geometry
+from beit_plugin.models.relative_position import bias_geometry, gather_bias
 
 CPU = torch.device('cpu')
 # B, K, N, D: one token, odd, not a multiple of 8, published head dim
@@ -166,3 +166,75 @@ def test_error_sentences():
         Attention(10, 3)
     with pytest.raises(ValueError, match="attn_backend must be one of auto, eager, sdpa, fused, got 'flash'"):
         Attention(12, 3, backend='flash')
+
+
+class TestBiasOfInference:
+    """On the CPU the bias is gathered once, and anew whenever the table or the grid is another."""
+
+    def setup_method(self):
+        self.module = Attention(16, 2, window_size=(3, 4))
+        torch.nn.init.normal_(self.module.relative_position_bias_table)
+
+    def run(self, grid=(3, 4)):
+        x = torch.ones(1, 1 + grid[0] * grid[1], 16).cumsum(1)
+        return self.module(x, bias_geometry((3, 4), grid, 'geometric', CPU))[0]
+
+    def gathers(self, monkeypatch):
+        counted = []
+        monkeypatch.setattr(
+            'beit_plugin.models.attention.gather_bias', lambda *args: counted.append(1) or gather_bias(*args)
+        )
+        return counted
+
+    def test_once(self, monkeypatch):
+        counted = self.gathers(monkeypatch)
+        with torch.no_grad():
+            expected = self.run()
+            assert torch.equal(self.run(), expected) and len(counted) == 1
+            self.run((2, 2))
+            assert torch.equal(self.run(), expected) and len(counted) == 3
+        self.run().sum().backward()
+        assert len(counted) == 4 and self.module.relative_position_bias_table.grad.any()
+
+    @pytest.mark.parametrize('how', ['in place', 'data', 'replaced', 'dtype'])
+    def test_another_table(self, how, monkeypatch):
+        with torch.no_grad():
+            before, table = self.run(), self.module.relative_position_bias_table
+            if how == 'in place':
+                table.mul_(-1)
+            elif how == 'data':
+                table.data.copy_(-table.data)  # as trainers swap in averaged weights
+            elif how == 'replaced':
+                self.module.relative_position_bias_table = torch.nn.Parameter(-table)
+            else:
+                table.mul_(-1)
+                self.module.double()
+                x = torch.ones(1, 13, 16, dtype=torch.float64).cumsum(1)
+                self.module(x, bias_geometry((3, 4), (3, 4), 'geometric', CPU))
+                self.module.float()
+            changed = self.run()
+        assert not torch.allclose(changed, before)
+        torch.testing.assert_close(changed, self.run().detach())  # with gradients it is gathered in any case
+
+    def test_large_ones_are_not_kept(self, monkeypatch):
+        monkeypatch.setattr('beit_plugin.models.attention.CACHED_BYTES', 100)
+        counted = self.gathers(monkeypatch)
+        with torch.no_grad():
+            self.run(), self.run()
+        assert len(counted) == 2
+
+    def test_is_no_part_of_the_module(self):
+        import copy
+        import gc
+        import pickle
+
+        from beit_plugin.models.attention import _BIAS_CACHE
+
+        size = len(pickle.dumps(self.module))
+        with torch.inference_mode():
+            self.run()
+        assert len(pickle.dumps(self.module)) == size and copy.deepcopy(self.module) not in _BIAS_CACHE
+        held = len(_BIAS_CACHE)
+        self.module = None
+        gc.collect()
+        assert len(_BIAS_CACHE) < held
