@@ -74,8 +74,8 @@ def stated(what: Any, config: Any) -> dict[str, Any]:
     from beit_plugin.checkpoints.describe import all_arguments
 
     told = all_arguments(what, config)
-    if told['init_values'] is not None:
-        del told['init_values']  # where training ended says nothing of where it started
+    if told.pop('init_values') in (None, 0):  # else where training ended says nothing of where it started
+        told['init_values'] = 0.0  # timm.create_model passes no None on
     return {name: ... for name in what.untold} | told
 
 
@@ -83,8 +83,9 @@ def options(what: Any, config: Any, name: str | None) -> str:
     """What to state in a call of the model of timm, or of the class, for it differs from what would be built else."""
     from beit_plugin import VARIANTS, Beit
 
-    make = model_named(what.model)
-    defaults = {n: p.default for call in (Beit, make) for n, p in signature(call).parameters.items()}
+    make = getattr(import_module(MODULES[what.model]), what.model)
+    calls = reversed(make.__mro__[:-1] if isinstance(make, type) else (make, Beit))  # less object
+    defaults = {n: p.default for call in calls for n, p in signature(call).parameters.items()}
     defaults |= PRESET.get(what.model.replace('V2', ''), {})
     arguments = stated(what, config)
     defaults['channels'] = arguments['embed_dim']  # its None
@@ -101,12 +102,6 @@ def options(what: Any, config: Any, name: str | None) -> str:
             key = 'num_classes' if name is not None and key == 'vocab_size' else key  # timm's word for all outputs
             said.append(f'{key}={"..." if value is ... else repr(value)}')
     return ', '.join(said)
-
-
-def model_named(name: str) -> Any:
-    """Our model, or the function that builds it, by its name."""
-    module = import_module(MODULES[name])
-    return getattr(module, name)
 
 
 def uses(what: Any, source: Any) -> list[str]:

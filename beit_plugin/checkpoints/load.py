@@ -105,6 +105,8 @@ def _load(
     model: nn.Module, name: str, state_dict: StateDict, drop: Sequence[str], grid: tuple[int, int] | None, config: Any
 ) -> LoadReport:
     leave_out = dropper(drop)
+    if grid is not None and (len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid)):
+        raise CheckpointError(f'grid must be two whole numbers of patches (h, w), got {grid!r}')
     out_indices = None if config is None else config.taps
     fitted = fit(state_dict, model, grid, out_indices, leave_out, ask=True)
     own = own_names(model)

@@ -219,8 +219,6 @@ class BEiTBackbone(BeitBackbone):
                 f"init_cfg of type 'Pretrained' takes {', '.join(_PRETRAINED[1:])}, not {', '.join(map(str, unknown))}"
             )
         checkpoint, prefix, grid = cfg['checkpoint'], cfg.get('prefix'), cfg.get('grid')
-        if isinstance(grid, Sequence):  # a config may write a list
-            grid = tuple(grid)
         # mmengine knows further schemes, such as open-mmlab:// and petrel://
         known = urlparse(checkpoint).scheme in ('', 'http', 'https') or Path(checkpoint).exists()
         source: Any = checkpoint if known else CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')

@@ -25,7 +25,7 @@ from ..checkpoints.sources import _config_beside, read_source
 from ..checkpoints.tables import DIALECTS
 
 _OURS = ('mmseg', 'openmmlab')
-_TRAINING = ('message_hub', 'optimizer')  # whoever goes on with it needs all of it by the names of that very model
+_TRAINING = 'message_hub'  # only mmengine writes it: who resumes needs all of it by the names of that very model
 _OUTER = re.compile(r'(?:model\.|module\.|_orig_mod\.)+')  # of Lightning, DistributedDataParallel and torch.compile
 NECK = 'beit_plugin.neck'  # metadata of ``backbone``: the pyramid, for a BEiTBackbone that has it inside
 
@@ -54,14 +54,9 @@ def to_openmmlab(checkpoint: Any, path: Path | None = None) -> Any:
     ours, segmentor = found.dialect in _OURS, found.task == 'segmentor'
     outer = found.prefix.removesuffix(found.layout.prefix)
     seen = checkpoint.get('state_dict', checkpoint)  # what mmengine looks at
-    if not checkpoint.keys().isdisjoint(_TRAINING):
+    if _TRAINING in checkpoint:
         if ours and segmentor and isinstance(seen, OrderedDict):
             _offer_pyramid(seen)
-        elif segmentor and not outer and 'message_hub' not in checkpoint:
-            _warn(
-                f'this is a training of a segmentor of {found.dialect} with its optimizer, so it is left as it is; to '
-                "load it into an EncoderDecoder, save its weights alone: torch.save({'state_dict': ...}, FILE)"
-            )
         return checkpoint
     if ours and segmentor and _OUTER.fullmatch(outer) and all(name.startswith(outer) for name in state_dict):
         state_dict, outer = {name.removeprefix(outer): tensor for name, tensor in state_dict.items()}, ''

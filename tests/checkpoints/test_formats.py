@@ -302,3 +302,9 @@ def test_a_typo_in_drop():
         with pytest.raises(CheckpointError, match='drop names heaad, which the checkpoint does not have'):
             act()
     assert load(beit(), state, drop=('head',)).loaded  # a part that there may be
+
+
+@pytest.mark.parametrize('grid', [(2,), (2, 0), (2.0, 2)])
+def test_a_grid_that_is_none(grid):
+    with pytest.raises(CheckpointError, match=r'grid must be two whole numbers of patches \(h, w\), got'):
+        load(beit(), beit().state_dict(), grid=grid)

@@ -111,6 +111,14 @@ class TestPretrained:
         name = 'layers.1.attn.relative_position_bias_table'
         assert torch.equal(model.state_dict()[name], theirs.state_dict()[name])
 
+    def test_the_same_grid_changes_nothing(self, tmp_path):
+        state = randomize(MODELS.build({**BACKBONE, 'use_abs_pos_emb': True, 'img_size': (32, 48)})).state_dict()
+        torch.save(state, tmp_path / 'x.pth')
+        cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth'), grid=[2, 3])
+        model = MODELS.build({**BACKBONE, 'use_abs_pos_emb': True, 'img_size': (32, 48), 'init_cfg': cfg})
+        model.init_weights()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
     def test_the_grid_that_a_file_notes_holds_under_a_prefix_too(self, tmp_path):
         theirs = randomize(MODELS.build({**BACKBONE, 'img_size': (32, 48)}))
         save(theirs, tmp_path / 'x.safetensors')
