@@ -230,6 +230,10 @@ if __name__ == '__main__':
     torch.distributed.broadcast(weight, 0)
     same = bool((weight == model.layer.weight).all())
     sys.stdout.write(f"rank {os.environ['RANK']} same {same}\\n")  # one write: both ranks share the stream
+    sys.stdout.flush()
+    torch.distributed.barrier()
+    del runner, model  # gloo's threads must end before the process does, or torch 2.14 aborts now and then
+    torch.distributed.destroy_process_group()
 """
 
 
