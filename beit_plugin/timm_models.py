@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .checkpoints import CheckpointError
 from .checkpoints.files import open_wrappers
-from .checkpoints.fit import accept_any_dialect, complaints, fit, own_names, part_of
+from .checkpoints.fit import accept_any_dialect, fit, part_of
 from .models.backbone import BeitBackbone, resolve_stages
 from .models.beit import VARIANTS, Beit
 from .models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
@@ -30,9 +30,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     head only, so fine-tuning with mean pooling starts its norm anew, as the official code does.
     """
     fitted = fit(open_wrappers(state_dict, 'the checkpoint'), model)
-    own = own_names(model)
-    current = model.state_dict()
-    problems = complaints(fitted, model)  # timm itself is not strict with another number of classes
+    own, current = fitted.own, model.state_dict()
+    problems = fitted.complaints  # timm itself is not strict with another number of classes
     if problems:
         raise CheckpointError(f'the checkpoint does not fit {type(model).__name__}: {"; ".join(problems)}')
     # a classifier that is missing is an error, unless timm knows that it is to be another one

@@ -26,7 +26,7 @@ from .convert import (
 from .grids import stated_grid, table_grid
 from .tables import DIALECTS, PARTS
 
-__all__ = ['Fitted', 'accept_any_dialect', 'complaints', 'encoder_of', 'fit', 'own_names', 'part_of', 'resize']
+__all__ = ['Fitted', 'accept_any_dialect', 'encoder_of', 'fit', 'own_names', 'part_of', 'resize']
 
 _logger = logging.getLogger(__name__)
 _NOTHING = dropper(())
@@ -52,6 +52,25 @@ class Fitted(NamedTuple):
     fresh: tuple[str, ...]  # parameters of the model that the checkpoint does not have, by our names
     dropped: StateDict  # what was not wanted, or belongs to a part that the model does not have, by our names
     found: Detection
+    own: dict[str, str]  # the names of the model, by ours
+
+    @property
+    def given(self) -> set[str]:
+        """The parts of the model that the checkpoint has something of."""
+        ours = {theirs: our for our, theirs in self.own.items()}
+        return {part_of(ours.get(name, name)) for name in self.state}
+
+    @property
+    def complaints(self) -> list[str]:
+        """Why it must not be loaded: names that do not match, parts that are not whole."""
+        given, names = self.given, set(self.own.values())
+        missing = [self.own[name] for name in self.fresh if part_of(name) == 'encoder' or part_of(name) in given]
+        found = {
+            'no table knows': self.rest,
+            'the model has no': [name for name in self.state if name not in names],
+            'it lacks': missing,
+        }
+        return [f'{what} {some(wrong)}' for what, wrong in found.items() if wrong]
 
 
 def part_of(name: str) -> str:
@@ -164,21 +183,6 @@ def _check_kinds(native: Mapping[str, Tensor], current: Mapping[str, Tensor]) ->
             raise CheckpointError(f'{name} is {tuple(tensor.shape)} instead of {tuple(current[name].shape)}')
 
 
-def complaints(fitted: Fitted, model: nn.Module) -> list[str]:
-    """Why a fitted checkpoint must not be loaded: names that do not match, parts that are not whole."""
-    own = own_names(model)
-    ours = {theirs: our for our, theirs in own.items()}
-    given = {part_of(ours.get(name, name)) for name in fitted.state}
-    foreign = [name for name in fitted.state if name not in ours]
-    missing = [own[name] for name in fitted.fresh if part_of(name) == 'encoder' or part_of(name) in given]
-    found = {
-        'no table knows': fitted.rest,
-        'the model has no': foreign,
-        'it lacks': missing,
-    }
-    return [f'{what} {some(names)}' for what, names in found.items() if names]
-
-
 def _stages(found: Detection, model: Any, encoder: Any, out_indices: Sequence[int] | None) -> Sequence[int]:
     """What the backbone of a segmentor must return to be what its checkpoint was trained as."""
     offset = DIALECTS[found.dialect].tap_offset
@@ -245,7 +249,7 @@ def fit(
     # what no table knows may be of the model all the same: the head of a detector
     state |= {name: rest.pop(name) for name in list(rest) if own.get(name) == name}
     fresh = tuple(name for name, theirs in own.items() if theirs not in state)
-    return Fitted(state, rest, fresh, dropped, found)
+    return Fitted(state, rest, fresh, dropped, found, own)
 
 
 def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

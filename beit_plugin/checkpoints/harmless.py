@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ['harmless_globals']
+__all__ = ['harmless_globals', 'plain_globals']
 
 
 class _Inert:
@@ -30,19 +30,30 @@ def _no_attribute(owner: Any, name: str) -> None:
         raise PermissionError(f'a checkpoint may not look up the attribute {name!r} of {owner!r}')
 
 
-def harmless_globals() -> list[Any]:
-    """For `torch.serialization.safe_globals`; what the process already allows keeps its meaning."""
+def plain_globals() -> dict[str, Any]:
+    """What stands for itself, by its name in the file: arguments, and NumPy's arrays and scalars of plain dtypes.
+
+    Structured and object dtypes stay out: no trainer stores them.
+    """
     array, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     named: dict[str, Any] = {
         'argparse.Namespace': argparse.Namespace,
-        'mmengine.logging.history_buffer.HistoryBuffer': _Inert,
-        'builtins.getattr': _no_attribute,
         'numpy.ndarray': np.ndarray,
         'numpy.dtype': np.dtype,
         **{f'numpy.dtypes.{type(np.dtype(c)).__name__}': type(np.dtype(c)) for c in '?bBhHiIlLqQefdU'},
     }
     for package in ('numpy._core', 'numpy.core'):  # NumPy 2 and 1; either may have written the file
         named |= {f'{package}.multiarray._reconstruct': array, f'{package}.multiarray.scalar': scalar}
+    return named
+
+
+def harmless_globals() -> list[Any]:
+    """For `torch.serialization.safe_globals`; what the process already allows keeps its meaning."""
+    named = {
+        **plain_globals(),
+        'mmengine.logging.history_buffer.HistoryBuffer': _Inert,
+        'builtins.getattr': _no_attribute,
+    }
     allowed = {
         entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__name__}'
         for entry in torch.serialization.get_safe_globals()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .convert import CheckpointError, StateDict, check_drop, dropper, from_native, some, task_of
 from .files import SUFFIXES, is_file_name, write_atomically, write_state_dict
-from .fit import complaints, encoder_of, fit, own_names, part_of
+from .fit import encoder_of, fit, own_names, part_of
 from .hf_config import write_config
 from .sources import read_source
 from .tables import DIALECTS
@@ -109,12 +109,9 @@ def _load(
         raise CheckpointError(f'grid must be two whole numbers of patches (h, w), got {grid!r}')
     out_indices = None if config is None else config.taps
     fitted = fit(state_dict, model, grid, out_indices, leave_out, ask=True)
-    own = own_names(model)
-    ours = {theirs: our for our, theirs in own.items()}
-    current = _values(model)
-    given = {part_of(ours.get(n, n)) for n in fitted.state}
+    current, given = _values(model), fitted.given
     check_drop(drop, (*state_dict, *fitted.dropped))
-    problems = complaints(fitted, model)
+    problems = fitted.complaints
     if problems:
         raise CheckpointError('; '.join(problems) + '; name what to leave out by drop=, or build the model to fit')
     wrong = _misfits(fitted.state, current)

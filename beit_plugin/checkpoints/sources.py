@@ -15,7 +15,7 @@ from .convert import CheckpointError, StateDict
 from .files import is_file_name, open_wrappers, read_metadata, read_state_dict
 from .hf_config import HFConfig, read_config
 
-__all__ = ['Source', 'read_source']
+__all__ = ['Source', 'config_beside', 'read_source']
 
 # in the order in which they are looked for; the indices list the files of a checkpoint that is cut into several
 _WEIGHTS = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin', 'pytorch_model.bin.index.json')
@@ -62,7 +62,7 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> Source:
         state_dict = _read_shards(path)
     else:
         state_dict = read_state_dict(path)
-    config = _config_beside(path)
+    config = config_beside(path)
     return Source(text, state_dict, config, _grid_of(config) or _grid_in(path))
 
 
@@ -127,7 +127,8 @@ def _from_hub(hub_id: str) -> Path:
     ) from error
 
 
-def _config_beside(path: Path) -> HFConfig | None:
+def config_beside(path: Path) -> HFConfig | None:
+    """The configuration of transformers beside a file of weights; None where there is none of BEiT."""
     config = path.with_name('config.json')
     if not path.name.startswith(('model', 'pytorch_model')) or not config.is_file():
         return None

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..checkpoints import CheckpointError, convert, detect
 from ..checkpoints.convert import Detection, read_names
 from ..checkpoints.files import open_wrappers
-from ..checkpoints.sources import _config_beside, read_source
+from ..checkpoints.sources import config_beside, read_source
 from ..checkpoints.tables import DIALECTS
 
 _OURS = ('mmseg', 'openmmlab')
@@ -91,7 +91,7 @@ def _trained_on(state_dict: Mapping[str, Tensor], found: Detection, path: Path |
     """What is known of the blocks that a segmentor reads, for the message."""
     stages = next((state_dict[n] for n, ours in read_names(state_dict, found).items() if ours == 'stages'), None)
     is_hf = DIALECTS[found.dialect].tap_offset != 1
-    config = _config_beside(path / 'model' if path.is_dir() else path) if is_hf and path is not None else None
+    config = config_beside(path / 'model' if path.is_dir() else path) if is_hf and path is not None else None
     if stages is not None:
         taps = [int(stage) - 1 for stage in stages.flatten().tolist()]
     elif config is not None and config.taps is not None:

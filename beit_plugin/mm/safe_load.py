@@ -6,17 +6,15 @@ by default since 2.6. `torch.load` accepts exactly what is listed here in additi
 reach any other function.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from ..checkpoints.harmless import plain_globals
+
 _STATISTICS_METHODS = ('current', 'max', 'mean', 'min')
-# structured and object dtypes stay out: the hub never holds them
-_DTYPES = ('?', 'b', 'B', 'h', 'H', 'i', 'I', 'l', 'L', 'q', 'Q', 'e', 'f', 'd', 'U')
 
 
 def _history_buffer_method(owner: object, name: str) -> Callable[..., object]:
@@ -32,17 +30,6 @@ def _history_buffer_method(owner: object, name: str) -> Callable[..., object]:
 
 def allow_mmengine_checkpoints() -> None:
     """Allow what mmengine's own checkpoints hold in weights-only `torch.load`; calling it again changes nothing."""
-    safe: list[Any] = [
-        HistoryBuffer,
-        argparse.Namespace,  # tools store their arguments
-        np.ndarray,
-        np.dtype,
-        *{type(np.dtype(code)) for code in _DTYPES},
-        (_history_buffer_method, 'builtins.getattr'),
-    ]
-    reconstruct_array = np.empty(0).__reduce__()[0]
-    reconstruct_scalar = np.float64(0).__reduce__()[0]
-    for package in ('numpy._core', 'numpy.core'):  # NumPy 2 and 1; either may have written the file
-        safe.append((reconstruct_array, f'{package}.multiarray._reconstruct'))
-        safe.append((reconstruct_scalar, f'{package}.multiarray.scalar'))
+    safe: list[Any] = [HistoryBuffer, (_history_buffer_method, 'builtins.getattr')]
+    safe += [(value, name) for name, value in plain_globals().items()]
     torch.serialization.add_safe_globals(safe)

@@ -4,10 +4,12 @@
 All are tiny, on a grid of 2x2 patches unless said otherwise, which is the least that has four pyramid levels.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from helpers import randomize
 from torch import Tensor, nn
@@ -308,3 +310,17 @@ def disk_state(model: nn.Module, folder) -> dict[str, Tensor]:
 
     model.save_pretrained(folder)
     return load_file(folder / 'model.safetensors')
+
+
+def written(name, folder):
+    """A peer of random weights, and the file it wrote."""
+    case = PEERS[name]
+    for need in case.needs:
+        if importlib.util.find_spec(need) is None:
+            pytest.skip(f"pip install 'beit-plugin[{need}]'")
+    theirs, _ = build(case)
+    if case.dialect == 'transformers':
+        disk_state(theirs, folder)
+        return case, theirs, folder / 'model.safetensors'
+    torch.save(theirs.state_dict(), folder / 'theirs.pth')
+    return case, theirs, folder / 'theirs.pth'

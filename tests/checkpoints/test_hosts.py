@@ -6,7 +6,7 @@ import json
 import pytest
 import timm
 import torch
-from checkpoints.peers import CLASSES, DEPTH, DIM, HEADS, PEERS, TAPS, build, disk_state, mmseg_segmentor
+from checkpoints.peers import CLASSES, DEPTH, DIM, HEADS, PEERS, TAPS, disk_state, mmseg_segmentor, written
 from helpers import images, randomize, relative_error
 from safetensors.torch import save_file
 
@@ -27,20 +27,6 @@ NAMES = {
     'segmentor': (SEGMENTOR, HEAD),
 }
 SKIPPED = ('with everything', 'absolute', 'EncoderDecoder', 'backbone', '[CLS]', 'shared')
-
-
-def written(name, folder):
-    """A peer of random weights, and the file it wrote."""
-    case = PEERS[name]
-    for need in case.needs:
-        if importlib.util.find_spec(need) is None:
-            pytest.skip(f"pip install 'beit-plugin[{need}]'")
-    theirs, _ = build(case)
-    if case.dialect == 'transformers':
-        disk_state(theirs, folder)
-        return case, theirs, folder / 'model.safetensors'
-    torch.save(theirs.state_dict(), folder / 'theirs.pth')
-    return case, theirs, folder / 'theirs.pth'
 
 
 @pytest.mark.parametrize('how', ['checkpoint_path', 'file'])

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
-from checkpoints.peers import CLASSES, DEPTH, DIM, HEADS, PEERS, SIZE, TAPS, build, disk_state, segmentor
+from checkpoints.peers import CLASSES, DEPTH, DIM, HEADS, PEERS, SIZE, TAPS, build, disk_state, segmentor, written
 from checkpoints.peers import mmseg_segmentor as encoder_decoder
 from helpers import images, randomize, relative_error
 
@@ -36,20 +36,6 @@ needs_transformers = pytest.mark.skipif(
 BACKBONE = dict(type='BEiTBackbone', img_size=SIZE, embed_dims=DIM, num_layers=DEPTH, num_heads=HEADS, mlp_ratio=2,
                 out_indices=TAPS, norm_cfg=dict(type='LN', eps=1e-6))  # fmt: skip
 OTHER_TAPS = (0, 1, 2, 3)  # those of the segmentor of transformers in peers.py
-
-
-def written(name, folder):
-    """A peer of random weights, and the file it wrote."""
-    case = PEERS[name]
-    for need in case.needs:
-        if importlib.util.find_spec(need) is None:
-            pytest.skip(f"pip install 'beit-plugin[{need}]'")
-    theirs, _ = build(case)
-    if case.dialect == 'transformers':
-        disk_state(theirs, folder)
-        return case, theirs, folder / 'model.safetensors'
-    torch.save(theirs.state_dict(), folder / 'theirs.pth')
-    return case, theirs, folder / 'theirs.pth'
 
 
 def logits(model):
