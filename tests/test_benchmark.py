@@ -1,49 +1,316 @@
-"""The benchmark runs and writes what it says; what it measures is for no test."""
+"""The benchmark and the comparison of trainings run and write what they say; what they measure is for no test."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from tools_common import ROOT, width
+import torch
+from tools_common import ROOT, width, write
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'TRITON_INTERPRET': '0'}
 
 
-def bench(*args, cwd, status=0):
+def tool(name, *args, cwd, status=0):
     done = subprocess.run(
-        [sys.executable, ROOT / 'tools/benchmark.py', *args, '--device', 'cpu', '--dtype', 'float32'],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'TRITON_INTERPRET': '0'},
-    )
+        [sys.executable, ROOT / f'tools/{name}.py', *map(str, args)],
+        cwd=cwd, capture_output=True, text=True, timeout=300, env=ENV,
+    )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
     return done.stderr if status else done.stdout
 
 
+def bench(*args, cwd, status=0):
+    quick = ('--device', 'cpu', '--dtype', 'float32', '--seconds', '0.01')
+    return tool('benchmark', *args, *quick, cwd=cwd, status=status)
+
+
+def read(folder):
+    return json.loads((folder / 'results.json').read_text())
+
+
 def test_attention(tmp_path):
-    said = bench('attention', '--sizes', '32:2', '64:1', '--heads', '2', '--seconds', '0.01', cwd=tmp_path)
-    rows = json.loads((tmp_path / 'benchmark/results.json').read_text())['rows']
-    assert [(row['pixels'], row['name']) for row in rows] == [
-        (side, name) for side in (32, 64) for name in ('no bias (bound)', "timm's way", 'ours, sdpa')
-    ]
-    assert all(row['forward_ms'] > 0 and row['train_ms'] > 0 for row in rows)
-    page = (tmp_path / 'benchmark/results.md').read_text()
-    assert page in said and '| 64, 1 | no bias (bound) | ' in page and '(1.00x)' in page
-    assert width(tmp_path / 'benchmark/results.png') > 800
+    said = bench('attention', '--sizes', '32:2', '64x32:1', '64:1', '--heads', '2', cwd=tmp_path)
+    folder = tmp_path / 'benchmark'
+    results = read(folder)
+    names = ('no bias (bound)', 'no bias, from the projection', "timm's way", 'ours, sdpa', 'ours, fused')
+    assert [(row['tokens'], row['name']) for row in results['rows']] == [(n, k) for n in (5, 9, 17) for k in names]
+    for row in results['rows']:
+        if row['name'] == 'ours, fused':
+            assert 'need a GPU' in row['failed']  # said, not left out
+            continue
+        for key in ('forward', 'train'):
+            part = row[key]
+            assert 0 < part['p10'] <= part['ms'] <= part['p90'] and part['runs'] >= 5
+        share = row['train']['tflops'] / results['ceilings']['float32']['tflops']
+        assert row['train']['share'] == pytest.approx(share)
+    counted = 3.5 * 4 * 1 * 2 * 17**2 * 64  # B K N N D
+    train = results['rows'][-2]['train']
+    assert train['tflops'] * train['ms'] * 1e9 == pytest.approx(counted)
+    assert results['hardware']['cores'] and results['versions']['timm'] and results['versions']['torch']
+    page = (folder / 'results.md').read_text()
+    assert page in said and '| 64x32, 1 | 9 | no bias (bound) | ' in page and '(1.00x)' in page
+    assert results['hardware']['name'] in page and 'Time per image grows as N^a' in page
+    assert width(folder / 'results.png') > 800
+
+    (folder / 'results.png').unlink()
+    assert page in tool('benchmark_report', folder / 'results.json', cwd=tmp_path)
+    assert width(folder / 'results.png') > 800
 
 
-def test_encoder(tmp_path):
-    bench('encoder', '--variant', 'tiny', '--sizes', '32:1', '--seconds', '0.01', '--out', 'here', cwd=tmp_path)
-    rows = {row['name']: row for row in json.loads((tmp_path / 'here/results.json').read_text())['rows']}
-    assert {'timm ViT, no bias (bound)', 'timm Beit', 'ours, sdpa', 'ours, fused'} <= set(rows)
-    assert 'need a GPU' in rows['ours, fused']['failed']  # said, not left out
-    assert all('failed' not in row for name, row in rows.items() if name != 'ours, fused')
+def test_compiled(tmp_path):
+    args = ('--sizes', '32:1', '--heads', '1', '--compile', 'off', 'default', '--only', 'bound', 'ours, sdpa')
+    bench('attention', *args, cwd=tmp_path)
+    rows = read(tmp_path / 'benchmark')['rows']
+    assert [row['compile'] for row in rows] == ['off', 'off', 'default', 'default']
+    assert not any('failed' in row for row in rows) and [row['graph_breaks'] for row in rows[2:]] == [0, 0]
+    assert 'ours, sdpa, compiled (default)' in (tmp_path / 'benchmark/results.md').read_text()
 
 
-@pytest.mark.parametrize('text', ['640', '650:2', '0:1', 'a:b', '640:0'])
+PEERS = {'transformers': 'transformers', 'mmsegmentation': 'mmseg', 'mmpretrain': 'mmpretrain'}
+MODELS = {
+    'encoder': ['timm ViT, no bias (bound)', 'timm Beit', 'transformers', 'mmsegmentation'],
+    'segmentor': ['ours, no bias (bound)', 'transformers', 'mmsegmentation'],
+    'mim': ['ours, no bias (bound)', 'transformers', 'mmpretrain'],
+}
+
+
+@pytest.mark.parametrize('what', MODELS)
+def test_models(what, tmp_path):
+    bench(what, '--variant', 'tiny', '--sizes', '32x64:2', '--out', 'here', cwd=tmp_path)
+    rows = {row['name']: row for row in read(tmp_path / 'here')['rows']}
+    expected = [name for name in MODELS[what] if importlib.util.find_spec(PEERS.get(name, 'timm'))]
+    assert list(rows) == [*expected, 'ours, sdpa', 'ours, fused']
+    assert 'need a GPU' in rows.pop('ours, fused')['failed']
+    assert not [row['failed'] for row in rows.values() if 'failed' in row]
+    for row in rows.values():
+        assert row['train']['images_per_s'] == pytest.approx(2e3 / row['train']['ms'])
+    assert '| images/s | TFLOP/s |' in (tmp_path / 'here/results.md').read_text()
+    assert width(tmp_path / 'here/results.png') > 800
+
+
+def setting(**options):
+    import benchmark_cases
+
+    common = dict(height=64, width=32, batch=3, dtype=torch.float32, device=torch.device('cpu'), backends=['sdpa'])
+    return benchmark_cases.Setting(**common, variant='tiny', **options)
+
+
+def test_operations():
+    import benchmark_models
+
+    N, C = 9, 192
+    linear = 2 * (N - 1) * 3 * 256 * C + 12 * 24 * N * C * C
+    forward = 3 * (linear + 12 * 4 * N * N * C)
+    assert benchmark_models.model_flops('encoder', setting(), False) == forward
+    images = 3 * 2 * (N - 1) * 3 * 256 * C  # they need no gradient
+    assert benchmark_models.model_flops('encoder', setting(), True) == 3 * forward - images
+    head = 3 * 2 * 3 * C * 8192  # 75 of 196 patches are 3 of 8
+    assert benchmark_models.model_flops('mim', setting(), False) == forward + head
+    assert benchmark_models.model_flops('segmentor', setting(), True) > 2.5 * forward
+
+
+def test_attention_cases_agree():
+    # what is timed as the same computes the same: timm's way, ours by each backend
+    import benchmark_cases
+
+    s = setting(heads=2, head_dim=16)
+    s.backends = ['sdpa', 'eager']
+    outputs, gradients = [], []
+    inputs = [torch.randn(3, 9, 3, 2, 16), torch.randn(7 * 3 + 3, 2)]
+    grad = torch.randn(3, 9, 2, 16)
+    for name in ("timm's way", 'ours, sdpa', 'ours, eager'):
+        case = benchmark_cases.attention_cases(s)[name]()
+        given = [x.clone().requires_grad_() for x in inputs]
+        out = case.call(*given)
+        out.backward(grad)
+        outputs.append(out)
+        gradients.append([x.grad for x in given])
+    for out, both in zip(outputs[1:], gradients[1:], strict=True):
+        torch.testing.assert_close(out, outputs[0], rtol=1e-4, atol=1e-5)
+        for got, expected in zip(both, gradients[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_exponent():
+    from benchmark_report import exponent
+
+    assert exponent([(n, 3 * n**1.7) for n in (197, 577, 1025)]) == pytest.approx(1.7)
+    assert exponent([(197, 1), (577, 2)]) is None
+    assert exponent([(197, 1), (577, 2), (577, 3)]) is None
+
+
+class FakeGPU:
+    """A GPU on which time passes only where it is told to; events read its clock in order."""
+
+    def __init__(self, monkeypatch, slow_runs=0):
+        self.now, self.slow_runs, self.sleeps = 0.0, slow_runs, []
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.time = gpu.now
+
+            def query(self):
+                gpu.slow_runs -= 1
+                return gpu.slow_runs >= 0
+
+            def elapsed_time(self, end):
+                return end.time - self.time
+
+        def sleep(cycles):
+            self.sleeps.append(cycles)
+            self.now += 100
+
+        fake = SimpleNamespace(Event=Event, synchronize=lambda: None, _sleep=sleep)
+        monkeypatch.setattr(torch, 'cuda', fake)
+
+    def step(self):
+        self.now += 2
+
+    def reset(self):
+        self.now += 0
+
+
+def clock(isolated):
+    from benchmark_clock import Clock
+
+    made = Clock(torch.device('cpu'), 1e-6, isolated)
+    made.cuda, made.flushed = True, torch.ones(4) if isolated else None
+    return made
+
+
+def test_isolated_times(monkeypatch):
+    gpu = FakeGPU(monkeypatch, slow_runs=2)
+    got = clock(True).measure(gpu.step, gpu.reset, memory=False)
+    assert (got['ms'], got['runs'], got['waited']) == (2, 5, 0)  # without the sleep
+    assert len(gpu.sleeps) == 7  # the two runs that the CPU was late for are run again, after a longer sleep
+    assert [b / a for a, b in pairwise(gpu.sleeps)] == pytest.approx([2, 2, 1, 1, 1, 1], rel=1e-3)
+
+
+def test_a_cpu_that_is_never_in_time_is_reported(monkeypatch):
+    gpu = FakeGPU(monkeypatch, slow_runs=1000)
+    assert clock(True).measure(gpu.step, gpu.reset, memory=False)['waited'] == 5
+
+
+def test_times_in_a_row(monkeypatch):
+    gpu = FakeGPU(monkeypatch)
+    got = clock(False).measure(gpu.step, gpu.reset, memory=False)
+    assert (got['ms'], got['runs'], got['waited'], gpu.sleeps) == (2, 5, None, [])
+
+
+@pytest.mark.parametrize('text', ['640', '650:2', '0:1', 'a:b', '640:0', '640x:1', '640x480x16:1', '640x100:1'])
 def test_sizes(text, tmp_path):
-    assert 'expected PIXELS:BATCH with a multiple of 16 pixels' in bench(
+    assert 'expected PIXELS:BATCH or HxW:BATCH with multiples of 16 pixels' in bench(
         'attention', '--sizes', text, cwd=tmp_path, status=2
     )
+
+
+def test_only_and_skip():
+    from benchmark import chosen
+    from data_folders import DataError
+
+    rows = dict.fromkeys(['no bias (bound)', "timm's way", 'ours, sdpa', 'ours, fused'])
+    assert list(chosen(rows, ['OURS', 'bound'], ['fused'])) == ['no bias (bound)', 'ours, sdpa']
+    assert chosen(rows, [], []) == rows
+    with pytest.raises(DataError, match='--only typo is no part of a row; there are: no bias'):
+        chosen(rows, ['ours', 'typo'], [])
+    with pytest.raises(DataError, match='leave no row'):
+        chosen(rows, ['sdpa'], ['ours', 'not installed'])
+
+
+def test_nothing_measured(tmp_path):
+    args = ('attention', '--sizes', '32:1', '--only', 'fused')
+    assert 'nothing could be measured' in bench(*args, cwd=tmp_path, status=1)
+    assert 'need a GPU' in read(tmp_path / 'benchmark')['rows'][0]['failed']
+    assert 'no row that could be' in tool('benchmark_report', 'benchmark/results.json', cwd=tmp_path, status=1)
+    assert 'cannot be read' in tool('benchmark_report', 'none.json', cwd=tmp_path, status=1)
+    assert 'belongs to models' in bench(*args, '--backends', 'auto', cwd=tmp_path, status=2)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ('ants', 'bees'):
+        for i in range(3):
+            write(tmp_path / 'data/train' / name / f'{i}.jpg', rng.integers(0, 255, (40, 48, 3)))
+    return tmp_path / 'data'
+
+
+TINY = ('--model', 'beit_plugin_tiny_patch16_224', '--size', 32, '--batch-size', 2, '--device', 'cpu')
+
+
+def test_compare_training(photographs, tmp_path):
+    settings = ('--settings', 'eager:float32', 'sdpa:float32')
+    said = tool('compare_training', photographs, *TINY, '--steps', 2, '--seeds', 2, *settings, cwd=tmp_path)
+    results = json.loads((tmp_path / 'training/curves.json').read_text())
+    first, other, seed = results['runs']
+    assert [(run['setting'], run['seed']) for run in results['runs']] == [
+        ('eager:float32', 0), ('sdpa:float32', 0), ('eager:float32', 1)
+    ]  # fmt: skip
+    assert all(len(run['losses']) == 2 for run in results['runs'])
+    assert other['losses'] == pytest.approx(first['losses'], rel=1e-4)  # same start, images, crops, stochastic depth
+    assert seed['losses'] != pytest.approx(first['losses'], rel=1e-4)
+    assert 'spread of the seeds' in said and all(line in said for line in results['verdict'])
+    assert width(tmp_path / 'training/curves.png') > 800
+
+
+def test_verdict():
+    from compare_training import compare
+
+    runs = [dict(setting=name, final=final) for name, final in (('a', 1.0), ('b', 1.2), ('c', 1.6), ('a', 1.5))]
+    first, b, c = compare(runs)
+    assert 'spread 0.5000' in first and '+0.2000, within' in b and '+0.6000, NOT within' in c
+    assert 'no spread' in compare(runs[:2])[1]
+
+
+def test_samples_do_not_touch_the_models_random_numbers():
+    from compare_training import Samples
+
+    samples = Samples([(0, 0), (1, 1), (2, 0)], lambda image: (image, torch.rand(1).item()), seed=1, count=7)
+    torch.manual_seed(3)
+    drawn = [samples[i] for i in range(7)]
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(3))
+    assert [samples[i] for i in reversed(range(7))] == drawn[::-1] and len(samples) == 7
+    assert sorted(image for (image, _), _ in drawn[:3]) == [0, 1, 2]  # each once before any comes again
+
+
+@pytest.mark.parametrize(
+    ('args', 'reason', 'status'),
+    [
+        (('--settings', 'fused:bfloat16'), 'fused:bfloat16 cannot run here: they need a GPU', 1),
+        (('--settings', 'flash:float32'), 'expected BACKEND:DTYPE', 2),
+        (('--settings', 'sdpa:float32', '--model', 'resnet18'), 'is no model of the plugin', 1),
+        (('--steps', 0), 'expected a number of at least 1', 2),
+    ],
+)
+def test_compare_training_refuses(args, reason, status, photographs, tmp_path):
+    assert reason in tool('compare_training', photographs, *TINY, *args, cwd=tmp_path, status=status)
+
+
+def test_compare_training_needs_classes(tmp_path):
+    from compare_training import read_images
+    from data_folders import DataError
+
+    write(tmp_path / 'one/ants/0.jpg', np.zeros((8, 8, 3)))
+    with pytest.raises(DataError, match='is no ImageFolder'):
+        read_images(tmp_path / 'none', 32)
+    with pytest.raises(DataError, match='one class only'):
+        read_images(tmp_path / 'one', 32)
+
+
+def test_images_are_shrunk_once(photographs):
+    from compare_training import read_images
+
+    images, classes = read_images(photographs, 10)
+    assert classes == ['ants', 'bees'] and [label for _, label in images] == [0, 0, 0, 1, 1, 1]
+    assert {image.size for image, _ in images} == {(24, 20)}
+    assert read_images(photographs, 32)[0][0][0].size == (48, 40)

@@ -16,7 +16,9 @@ OPENMMLAB = {'mmengine', 'mmcv', 'mmseg', 'mmdet', 'mmpretrain'}
 # timm's private helpers are the ones that every model of timm itself uses.
 ALLOWED = {
     'models': {'torch', 'timm.layers', 'timm.models._features', 'models'},
-    'models.attention': {'torch', 'models.relative_position', 'models.resample', 'kernels'},
+    'models.attention': {'torch', 'models.kernel_support', 'models.relative_position', 'models.resample', 'kernels'},
+    'models.block': {'torch', 'timm.layers', 'models', 'kernels'},
+    'models.kernel_support': {'torch', 'triton'},
     'models.relative_position': {'torch', 'models.resample'},
     'models.resample': {'torch'},
     'kernels': {'torch', 'triton', 'kernels'},

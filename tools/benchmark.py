@@ -1,210 +1,228 @@
 #!/usr/bin/env python3
-"""Time our attention and encoder against the peers in one run: medians, peak memory, ratios to the one without a bias.
+"""Time our attention, encoder, segmentor and masked image model against the peers and a ViT without a bias, in one run.
 
-Writes a table (results.md), the numbers (results.json) and a plot of time and memory against the number of tokens
-(results.png) to the folder --out. Runs on a GPU, or on the CPU at sizes that it can bear.
+Writes the numbers (results.json, after every row), a table (results.md) and a plot of time and memory against the
+number of tokens (results.png) to the folder --out. Runs on a GPU, or on the CPU at sizes that it can bear. What fails
+(out of memory, not for this device) is a row that says why.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
+import gc
+import sys
+import traceback
+import warnings
 from datetime import date
+from functools import partial
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from run_common import run
+from data_folders import DataError
+from run_common import WARNING_NOISE, run
 
 EXAMPLES = """examples:
-  python tools/benchmark.py attention --out bench                                 224, 640 and 1024 px
-  python tools/benchmark.py attention --sizes 224:128 384:64 640:16 --dtype float16
-  python tools/benchmark.py encoder --variant base --sizes 224:128 640:16 --compile
-  python tools/benchmark.py encoder --variant tiny --sizes 224:2 --dtype float32  on a CPU
+  python tools/benchmark.py attention --out bench                                  224, 640 and 1024 px
+  python tools/benchmark.py attention --sizes 224:128 640x480:16 1536:2 --dtype bfloat16 float16
+  python tools/benchmark.py encoder --sizes 224:128 640:16 --compile off default reduce-overhead
+  python tools/benchmark.py encoder --variant large --sizes 512:16 --skip mmseg --seconds 2
+  python tools/benchmark.py segmentor --sizes 640:8 --only ours transformers
+  python tools/benchmark.py mim --backends auto
+  python tools/benchmark.py encoder --variant tiny --sizes 224:2 --dtype float32   on a CPU
 """
-DEFAULT_SIZES = ['224:128', '640:16', '1024:4']
+DEFAULT_SIZES = {
+    'attention': '224:128 640:16 1024:4', 'encoder': '224:128 640:16 1024:4', 'segmentor': '640:8', 'mim': '224:128',
+}  # fmt: skip
+COMPILE = ('off', 'default', 'max-autotune', 'reduce-overhead')
+PEERS = {
+    'encoder': ('transformers', 'mmseg'), 'segmentor': ('transformers', 'mmseg'), 'mim': ('transformers', 'mmpretrain'),
+}  # fmt: skip
+GRAPHS = ('max-autotune', 'reduce-overhead')  # of these, those that record CUDA graphs
 
 
-def size(text: str) -> tuple[int, int]:
-    """'640:16' to (640, 16)."""
-    side, _, batch = text.partition(':')
-    if not (side.isdecimal() and batch.isdecimal() and int(side) % 16 == 0 and int(side) and int(batch)):
-        raise argparse.ArgumentTypeError(f'expected PIXELS:BATCH with a multiple of 16 pixels, got {text!r}')
-    return int(side), int(batch)
+def size(text: str) -> tuple[int, int, int]:
+    """'640:16' to (640, 640, 16), '640x480:16' to (640, 480, 16)."""
+    pixels, _, batch = text.partition(':')
+    sides = pixels.split('x')
+    numbers = [int(n) for n in (*sides, batch) if n.isdecimal()]
+    if len(numbers) != len(sides) + 1 or len(sides) > 2 or not all(numbers) or any(n % 16 for n in numbers[:-1]):
+        raise argparse.ArgumentTypeError(
+            f'expected PIXELS:BATCH or HxW:BATCH with multiples of 16 pixels, got {text!r}'
+        )
+    return numbers[0], numbers[-2], numbers[-1]
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('what', choices=['attention', 'encoder'])
+    parser.add_argument('what', choices=list(DEFAULT_SIZES))
     parser.add_argument(
-        '--sizes', nargs='+', type=size, default=[size(s) for s in DEFAULT_SIZES], metavar='PIXELS:BATCH'
+        '--sizes', nargs='+', type=size, metavar='PIXELS:BATCH', help='or HxW:BATCH, multiples of 16 pixels'
     )
-    parser.add_argument('--dtype', choices=['bfloat16', 'float16', 'float32'], default='bfloat16')
-    parser.add_argument('--heads', type=int, default=12, help='of attention')
-    parser.add_argument('--head-dim', type=int, default=64, help='of attention')
-    parser.add_argument('--variant', choices=['tiny', 'base', 'large'], default='base', help='of encoder')
-    parser.add_argument('--compile', action='store_true', help='encoder: through torch.compile')
+    parser.add_argument('--dtype', nargs='+', choices=['bfloat16', 'float16', 'float32'], default=['bfloat16'])
+    parser.add_argument(
+        '--compile', nargs='+', choices=COMPILE, default=['off'], metavar='MODE',
+        help=f'one or several of {", ".join(COMPILE)} (default: off)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--backends', nargs='+', choices=['sdpa', 'fused', 'auto', 'eager'], default=['sdpa', 'fused'],
+        metavar='NAME', help='attn_backend of ours: sdpa, fused, auto, eager (default: sdpa fused)',
+    )  # fmt: skip
+    parser.add_argument('--only', nargs='+', default=[], metavar='NAME', help='rows whose names contain one of these')
+    parser.add_argument('--skip', nargs='+', default=[], metavar='NAME', help='no rows whose names contain one')
+    parser.add_argument('--heads', type=int, default=12, help='of attention (default: 12)')
+    parser.add_argument('--head-dim', type=int, default=64, help='of attention (default: 64)')
+    parser.add_argument(
+        '--variant', choices=['tiny', 'small', 'base', 'large'], default='base', help='of the models (default: base)'
+    )
     parser.add_argument('--seconds', type=float, default=1.0, help='time to spend on each number (default: 1)')
     parser.add_argument('--device', default=None, help='default: cuda if there is one, else cpu')
     parser.add_argument('--out', type=Path, default=Path('benchmark'), metavar='DIR')
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.sizes = args.sizes or [size(text) for text in DEFAULT_SIZES[args.what].split()]
+    if args.what == 'attention' and 'auto' in args.backends:
+        parser.error('--backends auto belongs to models; attention is measured by backend')
+    return args
 
 
-class Clock:
-    """Medians of a step's time in ms, and the memory that it takes beyond what was there."""
+def chosen(makers: dict[str, Any], only: list[str], skip: list[str]) -> dict[str, Any]:
+    """The rows that --only and --skip leave."""
 
-    def __init__(self, device: str, seconds: float) -> None:
-        import torch
+    def has(name: str, parts: list[str]) -> bool:
+        return any(part.lower() in name.lower() for part in parts)
 
-        self.torch, self.cuda, self.seconds = torch, device.startswith('cuda'), seconds
-
-    def _once(self, step: Any) -> float:
-        if not self.cuda:
-            start = time.perf_counter()
-            step()
-            return (time.perf_counter() - start) * 1e3
-        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        self.torch.cuda.synchronize()
-        return start.elapsed_time(end)
-
-    def measure(self, step: Any, reset: Any) -> tuple[float, float]:
-        """(median ms, peak MiB above what was allocated before); memory is 0 on the CPU."""
-        for _ in range(3 if self.cuda else 1):  # compiles, tunes and fills caches
-            reset()
-            step()
-        reset()
-        memory = 0.0
-        if self.cuda:
-            self.torch.cuda.synchronize()
-            self.torch.cuda.reset_peak_memory_stats()
-            before = self.torch.cuda.memory_allocated()
-            step()
-            memory = (self.torch.cuda.max_memory_allocated() - before) / 2**20
-        times: list[float] = []
-        end = time.monotonic() + self.seconds
-        while len(times) < 5 or (time.monotonic() < end and len(times) < 1000):
-            reset()
-            times.append(self._once(step))
-        return statistics.median(times), memory
+    unknown = [part for part in only if not any(has(name, [part]) for name in makers)]
+    if unknown:
+        raise DataError(f'--only {" ".join(unknown)} is no part of a row; there are: {"; ".join(makers)}.')
+    kept = {name: make for name, make in makers.items() if (has(name, only) or not only) and not has(name, skip)}
+    if not kept:
+        raise DataError('--only and --skip leave no row.')
+    return kept
 
 
-def measure_case(case: Any, clock: Clock, torch: Any) -> dict[str, float]:
-    """Forward and training step of a case."""
+def measure(case: Any, clock: Any, mode: str) -> dict[str, Any]:
+    """Forward and training step of a case; see ``Clock.measure`` for the numbers."""
+    import torch
+    from benchmark_clock import WARM_UP, WARM_UP_COMPILED
+
+    call, graphs = case.call, mode in GRAPHS
+    if mode != 'off':
+        # else the cases of other sizes and backends, which share their code, would run into the limit of recompilations
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        call = torch.compile(call, mode=None if mode == 'default' else mode, dynamic=False)
 
     def reset() -> None:
         for parameter in case.parameters:
             parameter.grad = None
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
+    options = dict(warm_up=WARM_UP if mode == 'off' else WARM_UP_COMPILED, memory=not graphs)
+    case.switch(training=False)
     with torch.no_grad():
-        forward, forward_memory = clock.measure(case.forward, reset)
-    train, train_memory = clock.measure(case.train, reset)
-    reset()
-    return dict(forward_ms=forward, train_ms=train, forward_mib=forward_memory, train_mib=train_memory)
+        forward = clock.measure(lambda: case.forward(call), reset, **options)
+    case.switch(training=True)
+    row = dict(forward=forward, train=clock.measure(lambda: case.train(call), reset, **options))
+    if mode != 'off':
+        row['graph_breaks'] = sum(torch._dynamo.utils.counters['graph_break'].values())
+    return row
 
 
-def cases(args: argparse.Namespace, side: int, batch: int, device: str, torch: Any) -> Any:
-    """Makes one case after the other; an encoder that does not fit or cannot run is a case with a reason."""
-    from benchmark_cases import attention_cases, encoder_case, encoder_models
+def measure_row(
+    make: Any, clock: Any, mode: str, flops: dict[str, float], ceiling: float, batch: int
+) -> dict[str, Any]:
+    """``measure`` with rates; what fails gives its reason instead, so that one row does not cost the others."""
+    import torch
 
-    dtype = getattr(torch, args.dtype)
-    if args.what == 'attention':
-        yield from attention_cases(side, batch, args.heads, args.head_dim, device, dtype)
-        return
-    for name, make in encoder_models(args.variant, side):
-        case = encoder_case(name, make(), side, batch, device, dtype)
-        if args.compile:
-            case = case._replace(forward=torch.compile(case.forward), train=torch.compile(case.train))
-        yield case
+    try:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # of the row before; in here, because it fails if that row broke the GPU's context
+        row = measure(make(), clock, mode)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        said = lines[0] if lines else 'no reason given'
+        if not isinstance(error, RuntimeError | ValueError):
+            said = f'{type(error).__name__}: {said}'
+        row = dict(failed=said, traceback=traceback.format_exc()[-3000:])
+    else:
+        for key in ('forward', 'train'):
+            tflops = flops[key] / row[key]['ms'] / 1e9
+            row[key] |= dict(tflops=tflops, share=tflops / ceiling, images_per_s=batch / row[key]['ms'] * 1e3)
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the console."""
+    height, width = row['pixels']
+    start = f'{height}x{width} x{row["batch"]:<4}{row["dtype"]}, compile {row["compile"]:<8} {row["name"]:<30}'
+    if 'failed' in row:
+        return start + row['failed']
+    forward, train = row['forward'], row['train']
+    memory = '' if train['mib'] is None else f'   peak {train["mib"]:8.0f} MiB'
+    return f'{start}forward {forward["ms"]:9.3f} ms   training {train["ms"]:9.3f} ms{memory}'
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """All numbers, with what they were measured on."""
+    """All numbers, with what they were measured on; written after each row."""
+    import benchmark_cases
+    import benchmark_models
+    import benchmark_report
     import torch
+    from benchmark_clock import Clock, matmul_ceiling
 
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    clock = Clock(device, args.seconds)
-    rows: list[dict[str, Any]] = []
-    for side, batch in args.sizes:
-        for case in cases(args, side, batch, device, torch):
-            row: dict[str, Any] = dict(pixels=side, batch=batch, tokens=1 + (side // 16) ** 2, name=case.name)
-            try:
-                row |= measure_case(case, clock, torch)
-                print(
-                    f'{side:>5} px x{batch:<4}{case.name:<28}forward {row["forward_ms"]:9.3f} ms   '
-                    f'training {row["train_ms"]:9.3f} ms   peak {row["train_mib"]:8.0f} MiB',
-                    flush=True,
-                )
-            except (RuntimeError, ValueError) as error:  # out of memory, a size or device that it does not take
-                row['failed'] = str(error).splitlines()[0]
-                print(f'{side:>5} px x{batch:<4}{case.name:<28}{row["failed"]}', flush=True)
-            rows.append(row)
-            del case
-            if device.startswith('cuda'):
-                torch.cuda.empty_cache()
-    machine = torch.cuda.get_device_name() if device.startswith('cuda') else f'{platform.machine()} CPU'
-    options = {key: str(value) for key, value in vars(args).items() if key not in ('sizes', 'out')}
-    return dict(
-        date=str(date.today()), machine=machine, threads=torch.get_num_threads(), torch=torch.__version__,
-        options=options, rows=rows,
+    for message in (*WARNING_NOISE, 'torch.meshgrid'):
+        warnings.filterwarnings('ignore', message=message)
+    torch.manual_seed(0)
+    device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    attention = args.what == 'attention'
+    cases = benchmark_cases.attention_cases if attention else getattr(benchmark_models, f'{args.what}_cases')
+    results: dict[str, Any] = dict(
+        date=str(date.today()), command=' '.join(sys.argv[1:]), hardware=benchmark_report.hardware(str(device)),
+        versions=benchmark_report.versions(), ceilings={}, rows=[],
+        options={key: value for key, value in vars(args).items() if key != 'out'},
     )  # fmt: skip
-
-
-def table(results: dict[str, Any]) -> str:
-    """The rows as Markdown, with ratios to the first case of each size."""
-    lines = [
-        f'{results["options"]["what"]}, {results["options"]["dtype"]}, {results["machine"]}, torch {results["torch"]}, '
-        f'{results["date"]}; medians; in brackets the multiple of the first of each size.',
-        '',
-        '| pixels, batch | | forward, ms | forward + backward, ms | peak above the inputs, MiB |',
-        '|---|---|---|---|---|',
+    settings = [
+        benchmark_cases.Setting(
+            height, width, batch, getattr(torch, name), device, args.backends, args.variant, args.heads, args.head_dim
+        )
+        for name in args.dtype
+        for height, width, batch in args.sizes
     ]
-    bounds = {(row['pixels'], row['batch']): row for row in reversed(results['rows']) if 'failed' not in row}
-    for row in results['rows']:
-        where = f'| {row["pixels"]}, {row["batch"]} | {row["name"]} |'
-        if 'failed' in row:
-            lines.append(f'{where} {row["failed"]} | | |')
-            continue
-        bound = bounds[row['pixels'], row['batch']]
-        cells = [f'{row[key]:.3f} ({row[key] / bound[key]:.2f}x)' for key in ('forward_ms', 'train_ms')]
-        lines.append(f'{where} {cells[0]} | {cells[1]} | {row["train_mib"]:.0f} |')
-    return '\n'.join(lines) + '\n'
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Time and memory per image against tokens, both axes logarithmic."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
-    rows = [row for row in results['rows'] if 'failed' not in row]
-    for axis, key, label in ((axes[0], 'train_ms', 'forward + backward, ms per image'), (axes[1], 'train_mib', 'MiB')):
-        for name in dict.fromkeys(row['name'] for row in rows):
-            points = sorted((r['tokens'], r[key] / r['batch']) for r in rows if r['name'] == name and r[key] > 0)
-            axis.plot(*zip(*points, strict=True), marker='o', label=name) if points else None
-        axis.set(xscale='log', yscale='log', xlabel='tokens', ylabel=label)
-        axis.grid(True, which='both', alpha=0.3)
-    axes[1].set_ylabel('peak memory above the inputs, MiB per image')
-    axes[0].legend(fontsize=8)
-    figure.suptitle(
-        f'{results["options"]["what"]}, {results["options"]["dtype"]}, {results["machine"]}, {results["date"]}'
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    chosen(cases(settings[0]), args.only, args.skip)  # a wrong name is told before the first measurement
+    absent = [name for name in PEERS.get(args.what, ()) if find_spec(name) is None]
+    if absent:
+        print(f'left out, for not installed: {", ".join(absent)}', flush=True)
+    clock = Clock(device, args.seconds, isolated=attention)
+    for setting in settings:
+        name = str(setting.dtype).removeprefix('torch.')
+        if name not in results['ceilings']:
+            n, tflops = matmul_ceiling(device, setting.dtype)
+            results['ceilings'][name] = dict(n=n, tflops=tflops)
+        count = benchmark_cases.attention_flops if attention else partial(benchmark_models.model_flops, args.what)
+        flops = {key: count(setting, training=key == 'train') for key in ('forward', 'train')}
+        makers = chosen(cases(setting), args.only, args.skip)
+        for mode, (label, make) in product(args.compile, makers.items()):
+            row = dict(
+                pixels=[setting.height, setting.width], batch=setting.batch, tokens=setting.tokens, dtype=name,
+                compile=mode, name=label,
+            )  # fmt: skip
+            row |= measure_row(make, clock, mode, flops, results['ceilings'][name]['tflops'], setting.batch)
+            results['rows'].append(row)
+            print(line(row), flush=True)
+            benchmark_report.write_table(results, args.out)
+    return results
 
 
 def main() -> None:
     args = parse_args()
     results = benchmark(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-    (args.out / 'results.md').write_text(table(results))
+    from benchmark_report import measured, plot, table
+
+    if not measured(results):
+        raise DataError(f'nothing could be measured; {args.out}/results.json has the reasons.')
     plot(results, args.out / 'results.png')
     print(f'\n{table(results)}\n{args.out}/results.md, .json and .png')
 

@@ -6,6 +6,7 @@ The operators are registered in ``torch.library`` with shapes for tracing and wi
 Legend: B batch, N tokens, K heads, D head dim, h w grid, R rows of the table, P [CLS] tokens (0 or 1).
 """
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor
 
 from . import rel_pos_attention
 
-__all__ = ['attend', 'lay_out_bias', 'reduce_to_table']
+__all__ = ['attend', 'lengthen_table', 'reduce_to_table']
 
 kernels: Any = rel_pos_attention  # a kernel is called by grid and options that its signature does not show
 
-PADDING = 128  # the bias has columns up to a multiple of this: no block of keys is larger, so none needs a mask
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200: with fewer blocks the batch is split among more programs
+ROW_ALIGNMENT = 64  # elements to which rows of the gradient of the bias are padded
 
 
 class Blocks(NamedTuple):
@@ -40,12 +41,26 @@ def _blocks(kind: str, head_dim: int) -> Blocks:
     """Blocks of a kernel; larger head dims leave room for smaller ones only."""
     wide = head_dim > 64
     table = {
-        'forward': Blocks(128, 64, 8 if wide else 4, 2 if wide else 3),
+        'forward': Blocks(128, 64, 8, 2 if wide else 3),
         'grad_kv': Blocks(32 if wide else 64, 128, 8, 2),
         'grad_q': Blocks(128, 32 if wide else 64, 8, 2),
         'grad_bias': Blocks(128, 64, 8, 2),
     }
     return table[kind]
+
+
+class _Geometry(NamedTuple):
+    """What the kernels need to know of a grid."""
+
+    w: int
+    magic: int
+    places: int  # S
+
+    @staticmethod
+    def of(h: int, w: int) -> '_Geometry':
+        magic = -(-(2**32) // w) & 0xFFFFFFFF  # 2**32 for w = 1 becomes 0: there the quotient counts nothing
+        # the bits of a signed number, which is what an argument of a kernel of this size is
+        return _Geometry(w, magic - 2**32 if magic >= 2**31 else magic, (h - 1) * (2 * w - 1) + w)
 
 
 def _shapes(qkv: Tensor) -> tuple[int, int, int, int]:
@@ -59,159 +74,156 @@ def _packed(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride()[2:] == (K * D, D, 1) else qkv.contiguous()
 
 
-def lay_out_bias(table: Tensor, h: int, w: int, prefix: int, dtype: torch.dtype) -> Tensor:
-    """The bias of every pair of tokens, as the kernels read it.
+def _constants(head_dim: int, prefix: int) -> dict[str, Any]:
+    interpreted = os.environ.get('TRITON_INTERPRET') == '1'  # the interpreter has no assembly
+    return dict(P=prefix, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=not interpreted)
+
+
+def lengthen_table(table: Tensor, h: int, w: int) -> Tensor:
+    """The bias by the difference of two tokens' places, as the kernels read it.
 
     Args:
         table: (R, K) with R = (2h-1)*(2w-1)+3.
         h, w: grid.
-        prefix: 1 with [CLS], 0 without.
-        dtype: of the result, that of the queries.
 
     Returns:
-        (K, N, N padded to a multiple of ``PADDING``): log2(e) times the bias, -inf in the padding.
+        (K, 7*S) float32 with S = (h-1)*(2w-1)+w: log2(e) times the bias; -inf where the key is padding.
     """
     rows, heads = table.shape
-    N = prefix + h * w
-    columns = triton.cdiv(N, PADDING) * PADDING
-    by_head = table.detach().t().float().contiguous()  # K, R
-    bias = torch.empty(heads, N, columns, dtype=dtype, device=table.device)
-    block_m, block_n = 32, 128
-    kernels.bias_kernel[(columns // block_n, triton.cdiv(N, block_m), heads)](
-        by_head,
-        bias,
-        N,
-        w,
-        (h - 1) * (2 * w - 1) + w - 1,
-        rows - 1,
-        by_head.stride(0),
-        bias.stride(0),
-        bias.stride(1),
-        P=prefix,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-    )
-    return bias
+    S = _Geometry.of(h, w).places
+    places = torch.empty(heads, 7 * S, dtype=torch.float32, device=table.device)
+    block = 1024
+    kernels.table_kernel[(triton.cdiv(7 * S, block), heads)](table.contiguous(), places, S, rows, heads, BLOCK=block)
+    return places
 
 
-def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, rows: int) -> Tensor:
+def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Sums the gradient of the bias to that of the table.
 
     Args:
         grad_bias: (splits, K, N, N padded).
-        h, w, prefix: see ``lay_out_bias``.
-        rows: R.
+        h, w: grid.
+        prefix: 1 with [CLS], 0 without.
+        dtype: of the result.
 
     Returns:
-        (R, K) float32.
+        (R, K).
     """
     splits, K, N, _ = grad_bias.shape
     width = 2 * w - 1
     sums = torch.empty(K, h, h, width, dtype=torch.float32, device=grad_bias.device)
-    kernels.row_sums_kernel[(h, h, K)](
-        grad_bias,
-        sums,
-        splits,
-        w,
-        h,
-        *grad_bias.stride()[:3],
-        P=prefix,
-        BLOCK_X=min(16, triton.next_power_of_2(w)),
-        BLOCK_O=min(128, triton.next_power_of_2(width)),
-    )
-    grad_table = torch.zeros(K, rows, dtype=torch.float32, device=grad_bias.device)
     block_o = min(128, triton.next_power_of_2(width))
-    kernels.column_sums_kernel[(2 * h - 1, triton.cdiv(width, block_o), K)](
-        sums,
-        grad_table,
-        w,
-        h,
-        grad_table.stride(0),
-        BLOCK_Y=min(32, triton.next_power_of_2(h)),
-        BLOCK_O=block_o,
-    )
-    if prefix:
-        first_row = grad_bias[:, :, 0, :N].sum(0, dtype=torch.float32)  # K, N
-        first_column = grad_bias[:, :, 1:, 0].sum((0, 2), dtype=torch.float32)  # K
-        grad_table[:, -3] = first_row[:, 1:].sum(1)
-        grad_table[:, -2] = first_column
-        grad_table[:, -1] = first_row[:, 0]
-    return grad_table.t()
+    kernels.row_sums_kernel[(h, h, K)](
+        grad_bias, sums, splits, w, h, *grad_bias.stride()[:3],
+        P=prefix, BLOCK_X=min(16, triton.next_power_of_2(w)), BLOCK_O=block_o,
+    )  # fmt: skip
+    grad_table = torch.empty((2 * h - 1) * width + 3, K, dtype=dtype, device=grad_bias.device)
+    kernels.table_sums_kernel[(2 * h, triton.cdiv(width, block_o), K)](
+        sums, grad_bias, grad_table, splits, N, K, w, h, *grad_bias.stride()[:3],
+        P=prefix, BLOCK_Y=min(32, triton.next_power_of_2(h)), BLOCK_O=block_o, BLOCK_N=256,
+    )  # fmt: skip
+    return grad_table
 
 
 @torch.library.custom_op('beit_plugin::rel_pos_attention', mutates_args=())
-def _forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     qkv = _packed(qkv)
     B, N, K, D = _shapes(qkv)
-    bias = lay_out_bias(table, h, w, prefix, qkv.dtype)
     out = torch.empty(B, N, K, D, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(B, K, N, dtype=torch.float32, device=qkv.device)
     blocks = _blocks('forward', D)
-    kernels.forward_kernel[(B, triton.cdiv(N, blocks.BLOCK_M), K)](
-        qkv, bias, out, lse, D**-0.5, N, K, *qkv.stride()[:2], *bias.stride()[:2],
-        D=D, BLOCK_D=triton.next_power_of_2(D), **blocks.options,
-    )  # fmt: skip
-    return out, lse
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
+        places = lengthen_table(table, h, w)
+        kernels.forward_kernel[(triton.cdiv(N, blocks.BLOCK_M), K, B)](
+            qkv, places, out, lse, D**-0.5, N, K, *_Geometry.of(h, w), *qkv.stride()[:2],
+            **_constants(D, prefix), **blocks.options,
+        )  # fmt: skip
+    return out, lse, places
 
 
 @_forward.register_fake
-def _(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     B, N, K, D = _shapes(qkv)
-    return qkv.new_empty(B, N, K, D), qkv.new_empty(B, K, N, dtype=torch.float32)
+    lse = qkv.new_empty(B, K, N, dtype=torch.float32)
+    return qkv.new_empty(B, N, K, D), lse, lse.new_empty(K, 7 * _Geometry.of(h, w).places)
 
 
 @torch.library.custom_op('beit_plugin::rel_pos_attention_backward', mutates_args=())
 def _backward(
-    grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, h: int, w: int, prefix: int
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    places: Tensor,
+    h: int,
+    w: int,
+    prefix: int,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and, if a dtype is given for it, of the table."""
     qkv, grad, out = _packed(qkv), grad.contiguous(), out.contiguous()
     B, N, K, D = _shapes(qkv)
-    bias = lay_out_bias(table, h, w, prefix, qkv.dtype)  # anew: nothing of this size lives until the backward pass
     delta = torch.empty_like(lse)
-    block_d = triton.next_power_of_2(D)
-    kernels.delta_kernel[(triton.cdiv(N, 64), K, B)](out, grad, delta, N, K, D=D, BLOCK_D=block_d, BLOCK_M=64)
     grad_qkv = torch.empty(B, N, 3, K, D, dtype=qkv.dtype, device=qkv.device)
-    read = (qkv, bias, grad, lse, delta)
-    sizes = (N, K, *qkv.stride()[:2], *bias.stride()[:2])
-    dims = dict(D=D, BLOCK_D=block_d)
-    blocks = _blocks('grad_kv', D)
-    kernels.grad_kv_kernel[(B, triton.cdiv(N, blocks.BLOCK_N), K)](
-        *read, grad_qkv, D**-0.5, *sizes, **dims, **blocks.options
-    )
-    blocks = _blocks('grad_q', D)
-    kernels.grad_q_kernel[(B, triton.cdiv(N, blocks.BLOCK_M), K)](
-        *read, grad_qkv, D**-0.5, *sizes, **dims, **blocks.options
-    )
-    blocks = _blocks('grad_bias', D)
-    tiles = triton.cdiv(N, blocks.BLOCK_M) * triton.cdiv(N, blocks.BLOCK_N)
-    splits = max(1, min(B, MIN_PROGRAMS // (tiles * K)))
-    per_split = triton.cdiv(B, splits)
-    splits = triton.cdiv(B, per_split)
-    if splits == 1:
-        grad_bias = bias[None]  # in its place: each block is read by the program that overwrites it, and by no other
-    else:
-        grad_bias = torch.empty(splits, *bias.shape, dtype=torch.float32, device=bias.device)
-    kernels.grad_bias_kernel[(tiles, K, splits)](
-        *read, grad_bias, D**-0.5, B, *sizes, grad_bias.stride(0), per_split, **dims, **blocks.options
-    )
-    return grad_qkv, reduce_to_table(grad_bias, h, w, prefix, table.shape[0]).to(table.dtype).contiguous()
+    sizes = (N, K, *_Geometry.of(h, w), *qkv.stride()[:2])
+    constants = _constants(D, prefix)
+    scale = D**-0.5
+    with torch.cuda.device_of(qkv):
+        blocks = _blocks('grad_q', D)
+        kernels.grad_q_kernel[(triton.cdiv(N, blocks.BLOCK_M), K, B)](
+            qkv, places, out, grad, lse, delta, grad_qkv, scale, *sizes, **constants, **blocks.options
+        )
+        read = (qkv, places, grad, lse, delta)
+        blocks = _blocks('grad_kv', D)
+        kernels.grad_kv_kernel[(triton.cdiv(N, blocks.BLOCK_N), K, B)](
+            *read, grad_qkv, scale, *sizes, **constants, **blocks.options
+        )
+        if dtype is None:
+            return grad_qkv, lse.new_empty(0)
+        blocks = _blocks('grad_bias', D)
+        tiles = triton.cdiv(N, blocks.BLOCK_N), triton.cdiv(N, blocks.BLOCK_M)
+        splits = max(1, min(B, MIN_PROGRAMS // (tiles[0] * tiles[1] * K)))
+        per_split = triton.cdiv(B, splits)
+        splits = triton.cdiv(B, per_split)
+        columns = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
+        kept = qkv.dtype if splits == 1 else torch.float32
+        grad_bias = torch.empty(splits, K, N, columns, dtype=kept, device=qkv.device)
+        kernels.grad_bias_kernel[(*tiles, K * splits)](
+            *read, grad_bias, scale, B, *sizes, *grad_bias.stride()[:3], per_split, **constants, **blocks.options
+        )
+        return grad_qkv, reduce_to_table(grad_bias, h, w, prefix, dtype)
 
 
 @_backward.register_fake
 def _(
-    grad: Tensor, qkv: Tensor, table: Tensor, out: Tensor, lse: Tensor, h: int, w: int, prefix: int
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    places: Tensor,
+    h: int,
+    w: int,
+    prefix: int,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
+    rows = (2 * h - 1) * (2 * w - 1) + 3
+    grad_table = lse.new_empty(0) if dtype is None else lse.new_empty(rows, places.shape[0], dtype=dtype)
+    return qkv.new_empty(qkv.shape), grad_table
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     qkv, table, *ctx.grid = inputs
-    ctx.save_for_backward(qkv, table, *output)
+    ctx.dtype = table.dtype
+    ctx.save_for_backward(qkv, *output)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    grad_qkv, grad_table = _backward(grad, *ctx.saved_tensors, *ctx.grid)
-    return grad_qkv, grad_table, None, None, None
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None, __: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    wanted = ctx.needs_input_grad[1]
+    grad_qkv, grad_table = _backward(grad, *ctx.saved_tensors, *ctx.grid, ctx.dtype if wanted else None)
+    return grad_qkv, grad_table if wanted else None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

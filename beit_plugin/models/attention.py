@@ -6,8 +6,6 @@ Parameter names are those of unilm ``beit/modeling_finetune.py`` and timm: ``qkv
 Shapes: B batch, N tokens, C channels, K heads, D head dim.
 """
 
-import os
-from importlib.util import find_spec
 from typing import Literal, get_args
 from weakref import WeakKeyDictionary
 
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernel_support import triton_refusal
 from .relative_position import BiasGeometry, gather_bias, num_relative_distance, table_at
 
 __all__ = ['ATTENTION_BACKENDS', 'Attention', 'AttentionBackend', 'attention', 'eager_attention', 'fused_refusal']
@@ -85,11 +84,9 @@ def fused_refusal(x: Tensor, head_dim: int, dropout_p: float) -> str | None:
         head_dim: D.
         dropout_p: dropout of the attention weights in this forward.
     """
-    if find_spec('triton') is None:
-        return 'Triton is not installed'
-    interpreted = os.environ.get('TRITON_INTERPRET') == '1'
-    if not interpreted and (x.device.type != 'cuda' or torch.cuda.get_device_capability(x.device) < (8, 0)):
-        return f'they need a GPU of compute capability 8.0 or later, and the tensors are on {x.device}'
+    refusal = triton_refusal(x.device)
+    if refusal is not None:
+        return refusal
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f'they compute in float16, bfloat16 or float32, and the tensors are {x.dtype}'
     if head_dim % 16 or head_dim > 128:

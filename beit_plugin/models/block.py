@@ -5,13 +5,15 @@ Shapes: B batch, N tokens, C channels, K heads.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import Attention, AttentionBackend
+from .kernel_support import triton_refusal
 from .relative_position import BiasGeometry
 
 __all__ = ['Block', 'activation']
@@ -49,6 +51,22 @@ class _Function(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
+
+
+def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling the module would run the forward of one of these classes, and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    # accelerate replaces forward in the instance
+    return type(module) in classes and 'forward' not in vars(module) and not any(hooks)
+
+
+def _draw_keep(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """Factors of the branches of a batch (B,), with the random numbers that ``DropPath`` would draw; None for 1."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0.0:
+        return None
+    keep_prob = 1 - drop_path.drop_prob
+    keep = x.new_empty(x.shape[0], dtype=torch.float32).bernoulli_(keep_prob)
+    return keep.div_(keep_prob) if keep_prob > 0.0 and drop_path.scale_by_keep else keep
 
 
 class Block(nn.Module):
@@ -100,11 +118,50 @@ class Block(nn.Module):
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results as those of ``Attention.forward``."""
+        if head_mask is None and not return_weights and self._takes_kernels(x):
+            return self._forward_fused(x, geometry, shared_bias), None
         y, weights = self.attn(self.norm1(x), geometry, shared_bias, head_mask, return_weights)
         x = x + self.drop_path1(self._scale(y, self.gamma_1, x.dtype))
         y = self.mlp(self.norm2(x))
         x = x + self.drop_path2(self._scale(y, self.gamma_2, x.dtype))
         return x, weights
+
+    def _takes_kernels(self, x: Tensor) -> bool:
+        """Whether norms, layer scales and residual sums of these tokens shall run as Triton kernels.
+
+        A compiler fuses them by itself. A module that does more than its class says, by hooks or another forward, is
+        called as it is.
+        """
+        backend = self.attn.backend
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if backend != 'fused' and not (backend == 'auto' and x.device.type == 'cuda'):
+            return False
+        if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+            return False
+        plain = (
+            all(_is_plain(norm, nn.LayerNorm, LayerNorm) and norm.bias is not None for norm in (self.norm1, self.norm2))
+            and all(_is_plain(drop_path, nn.Identity, DropPath) for drop_path in (self.drop_path1, self.drop_path2))
+            and not _has_any_global_hook()
+        )
+        if not plain or triton_refusal(x.device) is not None:
+            return False
+        from ..kernels.residual_ops import DTYPES, MAX_CHANNELS  # not before needed, as in Attention
+
+        return x.dtype in DTYPES and x.shape[-1] <= MAX_CHANNELS
+
+    def _forward_fused(self, x: Tensor, geometry: BiasGeometry | None, shared_bias: Tensor | None) -> Tensor:
+        from ..kernels.residual_ops import add_norm, layer_norm, scaled_add
+
+        device = x.device.type
+        # what the linear layers would cast to
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
+        y, _ = self.attn(layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype), geometry, shared_bias)
+        keep = _draw_keep(self.drop_path1, x)
+        x, normed = add_norm(x, y, self.gamma_1, keep, norm2.weight, norm2.bias, norm2.eps, dtype)
+        y = self.mlp(normed)
+        return scaled_add(x, y, self.gamma_2, _draw_keep(self.drop_path2, x))
 
     @staticmethod
     def _scale(y: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -189,7 +189,7 @@ def apply_resize(table: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """
     to_y, to_x = matrices
     heads = table.shape[1]
-    patch_rows = table[: -NUM_CLS_ROWS].to(to_y.dtype).reshape(to_y.shape[1], to_x.shape[1] * heads)
+    patch_rows = table[:-NUM_CLS_ROWS].to(to_y.dtype).reshape(to_y.shape[1], to_x.shape[1] * heads)
     resized = to_y @ patch_rows  # S_y', S_x*K
     resized = resized.reshape(to_y.shape[0], to_x.shape[1], heads).permute(0, 2, 1) @ to_x.t()  # S_y', K, S_x'
     resized = resized.permute(0, 2, 1).reshape(-1, heads).to(table.dtype)  # S_y'*S_x', K
@@ -231,4 +231,4 @@ def resize_rel_pos_bias_table(
 def check_rule(rule: str) -> None:
     """Raises a ValueError that lists the known rules when ``rule`` is none of them."""
     if rule not in RESIZE_RULES:
-        raise ValueError(f"rel_pos_resize must be one of {', '.join(RESIZE_RULES)}, got {rule!r}")
+        raise ValueError(f'rel_pos_resize must be one of {", ".join(RESIZE_RULES)}, got {rule!r}')

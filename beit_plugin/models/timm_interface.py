@@ -137,8 +137,10 @@ class TimmInterface(nn.Module):
             self.global_pool = _check_pool(global_pool)
         self.num_classes = num_classes
         like = self.cls_token
-        self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype) if num_classes else (
-            nn.Identity()
+        self.head = (
+            nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes
+            else (nn.Identity())
         )
         self.head.train(self.training)
 

@@ -254,9 +254,7 @@ class FCNHead(_Classified):
             )
         block = partial(ConvNormAct, norm_layer=norm_layer, act_layer=act_layer, device=device, dtype=dtype)
         widths = [in_channels] + [channels] * num_convs
-        self.convs = nn.Sequential(
-            *(block(width, channels, kernel_size, dilation=dilation) for width in widths[:-1])
-        )
+        self.convs = nn.Sequential(*(block(width, channels, kernel_size, dilation=dilation) for width in widths[:-1]))
         # not dilated, as in mmsegmentation
         self.conv_cat = block(in_channels + channels, channels, kernel_size) if concat_input else None
         self._build_classifier(channels, num_classes, dropout, device, dtype)

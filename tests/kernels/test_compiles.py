@@ -17,10 +17,10 @@ from beit_plugin.kernels.ops import _blocks
 
 head_dim = int(sys.argv[1])
 tools = sorted(Path(triton.__file__).parent.rglob('cuobjdump'))
-half = dict.fromkeys(('qkv', 'bias', 'out', 'grad', 'grad_qkv', 'grad_bias'), '*bf16')
-single = dict.fromkeys(('lse', 'delta', 'table', 'sums', 'grad_table'), '*fp32')
-types = {**half, **single, 'scale': 'fp32', 'stride_head': 'i64', 'stride_split': 'i64'}
-aligned = ('stride_qkv_b', 'stride_qkv_n', 'stride_head', 'stride_row', 'stride_split')
+half = dict.fromkeys(('qkv', 'out', 'grad', 'grad_qkv', 'grad_bias'), '*bf16')
+single = dict.fromkeys(('lse', 'delta', 'table', 'places', 'sums', 'grad_table'), '*fp32')
+types = {**half, **single, 'scale': 'fp32'}
+aligned = ('stride_b', 'stride_n', 'stride_head', 'stride_row', 'stride_split')
 
 def compile(kernel, num_warps=4, num_stages=2, **constants):
     names = kernel.arg_names
@@ -43,13 +43,12 @@ def compile(kernel, num_warps=4, num_stages=2, **constants):
         stack, matrix = re.search(r'STACK:(\\d+)', usage)[1], code.count('HGMMA')
     print(kernel.__name__, made.metadata.shared, stack, matrix, flush=True)
 
-dims = dict(D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim))
+dims = dict(P=1, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=True)
 for kind in ('forward', 'grad_kv', 'grad_q', 'grad_bias'):
     compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim).options)
-compile(kernels.delta_kernel, **dims, BLOCK_M=64)
-compile(kernels.bias_kernel, P=1, BLOCK_M=32, BLOCK_N=128)
+compile(kernels.table_kernel, BLOCK=1024)
 compile(kernels.row_sums_kernel, P=1, BLOCK_X=16, BLOCK_O=128)
-compile(kernels.column_sums_kernel, BLOCK_Y=32, BLOCK_O=128)
+compile(kernels.table_sums_kernel, P=1, BLOCK_Y=32, BLOCK_O=128, BLOCK_N=256)
 """
 SHARED_MEMORY = 227 * 1024  # of a block on Hopper
 
@@ -67,7 +66,7 @@ def test_for_hopper(head_dim, tmp_path):
         pytest.skip('this build of Triton brings no compiler for NVIDIA GPUs')
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(' ') for line in done.stdout.splitlines()]
-    assert len(rows) == 8
+    assert len(rows) == 7
     for name, shared, stack, matrix in rows:
         assert int(shared) <= SHARED_MEMORY, name
         if stack:

@@ -5,6 +5,7 @@ import torch
 from helpers import TINY, gradients, images, randomize, relative_error
 
 from beit_plugin import Beit, BeitBackbone
+from beit_plugin.models import kernel_support
 from beit_plugin.models.attention import fused_refusal
 from beit_plugin.models.mim import BeitV2ForMaskedImageModeling
 
@@ -82,8 +83,11 @@ def test_what_it_cannot_serve(options, dtype, sentence):
 
 def test_without_a_gpu_or_triton(monkeypatch):
     monkeypatch.setenv('TRITON_INTERPRET', '0')
+    kernel_support._refusal.cache_clear()
     assert 'need a GPU of compute capability 8.0 or later, and the tensors are on cpu' in fused_refusal(
         torch.zeros(1), 64, 0.0
     )
-    monkeypatch.setattr('beit_plugin.models.attention.find_spec', lambda name: None)
+    kernel_support._refusal.cache_clear()
+    monkeypatch.setattr(kernel_support, 'find_spec', lambda name: None)
     assert fused_refusal(torch.zeros(1), 64, 0.0) == 'Triton is not installed'
+    kernel_support._refusal.cache_clear()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import relative_error
 
-from beit_plugin.kernels.ops import attend, lay_out_bias, reduce_to_table
+from beit_plugin.kernels.ops import attend, lengthen_table, reduce_to_table
 from beit_plugin.models.attention import eager_attention
 from beit_plugin.models.relative_position import relative_position_index
 
@@ -145,15 +145,22 @@ def test_splitting_the_batch(min_programs, monkeypatch):
     assert max(map(relative_error, got, expected)) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize('grid', [(3, 5), (1, 1), (6, 2)])
+@pytest.mark.parametrize('grid', [(3, 5), (1, 1), (6, 2), (2, 1)])
 @pytest.mark.parametrize('prefix', [0, 1])
-def test_layout_of_the_bias(grid, prefix):
-    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2, device=DEVICE)
-    bias = lay_out_bias(table, *grid, prefix, torch.float32)
-    n = prefix + grid[0] * grid[1]
+def test_lengthened_table(grid, prefix):
+    """A difference of places finds the bias of every pair, and no other."""
+    h, w = grid
+    table = torch.randn((2 * h - 1) * (2 * w - 1) + 3, 2, device=DEVICE)
+    stretches = lengthen_table(table, h, w)
+    S = (h - 1) * (2 * w - 1) + w
+    assert stretches.shape == (2, 7 * S)
+    place = (torch.arange(h)[:, None] * (2 * w - 1) + torch.arange(w)).flatten()
+    query, key = place + S - 1, place
+    if prefix:
+        query, key = torch.cat((torch.tensor([5 * S - 2]), query)), torch.cat((torch.tensor([-S]), key))
     expected = bias_of(table, grid, prefix) / torch.tensor(2.0, device=DEVICE).log()
-    assert bias.shape == (2, n, 128)
-    assert torch.allclose(bias[..., :n], expected) and (bias[..., n:] == float('-inf')).all()
+    assert torch.allclose(stretches[:, query[:, None] - key[None, :]], expected)
+    assert (stretches[:, query + 2 * S] == float('-inf')).all()
 
 
 @pytest.mark.parametrize('grid', [(3, 5), (1, 4), (9, 20), (33, 2)])
@@ -165,7 +172,7 @@ def test_reduction_to_the_table(grid, prefix, splits):
     grad = torch.randn(splits, 2, n, 256, device=DEVICE)
     table = torch.zeros(rows, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
     bias_of(table, grid, prefix).backward(grad[..., :n].sum(0).double())
-    assert relative_error(reduce_to_table(grad, h, w, prefix, rows), table.grad) <= 1e-6
+    assert relative_error(reduce_to_table(grad, h, w, prefix), table.grad) <= 1e-6
 
 
 def test_finite_differences_of_the_reference():

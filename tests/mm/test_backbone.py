@@ -182,9 +182,7 @@ def test_pretrained_is_strict(tmp_path):
     path = tmp_path / 'x.pth'
     model = backbone(pretrained=str(path))
     torch.save({n: t for n, t in state.items() if n != 'layers.1.norm2.bias'}, path)
-    with pytest.raises(
-        CheckpointError, match=r'x.pth: it lacks layers.1.norm2.bias; name what to leave out'
-    ):
+    with pytest.raises(CheckpointError, match=r'x.pth: it lacks layers.1.norm2.bias; name what to leave out'):
         model.init_weights()
     torch.save({**state, 'layers.1.attn.gate': torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match=r'x.pth: no table knows layers.1.attn.gate; .*prefix='):

@@ -188,7 +188,10 @@ def test_a_pyramid_needs_a_first_third():
     with pytest.raises(ValueError, match='a pyramid reads 4 blocks, the model has 2'):
         pyramid_indices(2)
     assert [pyramid_indices(depth) for depth in (4, 6, 12, 24)] == [
-        (0, 1, 2, 3), (1, 2, 3, 5), (3, 5, 7, 11), (7, 11, 15, 23)
+        (0, 1, 2, 3),
+        (1, 2, 3, 5),
+        (3, 5, 7, 11),
+        (7, 11, 15, 23),
     ]
 
 

@@ -1,0 +1,450 @@
+"""Fused residual sums and LayerNorm against float64: on the GPU, or in Triton's interpreter at small sizes.
+
+The interpreter rounds to bfloat16 towards zero, unlike a GPU, so on the CPU half precision is float16.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import gradients, randomize, relative_error
+from timm.layers import DropPath, drop_path
+from torch import nn
+
+from beit_plugin.kernels import residual_ops
+from beit_plugin.kernels.residual_ops import add_norm, layer_norm, scaled_add
+from beit_plugin.models import kernel_support
+from beit_plugin.models.block import Block, _draw_keep
+
+CUDA = torch.cuda.is_available()
+DEVICE = 'cuda' if CUDA else 'cpu'
+HALF = torch.bfloat16 if CUDA else torch.float16
+# float32: order of the sums; half precision: rounding of the results, half a unit in the last place of the largest one
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4, **({torch.bfloat16: 4e-3} if CUDA else {})}
+SHAPES = [(1, 1, 16), (1, 7, 192), (2, 65, 200), (3, 5, 768)]  # rows 1, 7, 130, 15
+if CUDA:
+    SHAPES += [(128, 197, 768), (16, 577, 1024), (33, 1025, 384), (2, 50, 4096), (7, 300, 1408)]
+EPS = 1e-5
+NAMES = ('x', 'y', 'gamma', 'weight', 'bias')
+
+
+def inputs(shape, dtype=torch.float32, dtype_y=None, gamma=True, keep=True):
+    B, _, C = shape
+    generator = torch.Generator().manual_seed(torch.seed())  # fresh ones in each run
+
+    def randn(*size):
+        return torch.randn(*size, generator=generator).to(DEVICE)
+
+    return dict(
+        x=(randn(*shape) + 0.5).to(dtype),
+        y=(2 * randn(*shape)).to(dtype_y or dtype),
+        gamma=randn(C) if gamma else None,
+        keep=torch.tensor([1 / 0.7, 0.0, 1 / 0.7], device=DEVICE).repeat(B // 3 + 1)[:B] if keep else None,
+        weight=1 + randn(C) / 2,
+        bias=randn(C),
+        grads=tuple(randn(*shape).to(dtype) for _ in range(2)),
+    )
+
+
+def expected_sum(x, y, gamma, keep):
+    y = y if gamma is None else y * gamma
+    return x + (y if keep is None else y * keep[:, None, None])
+
+
+def reference(stored, x, y, gamma, keep, weight, bias, grads):
+    """Sum, normed and gradients in float64; the norm is that of the sum as it was stored."""
+    leaves = [None if t is None else t.double().requires_grad_() for t in (x, y, gamma, weight, bias)]
+    total = expected_sum(*leaves[:3], None if keep is None else keep.double())
+    read = total + (stored.double() - total).detach()
+    normed = F.layer_norm(read, read.shape[-1:], *leaves[3:], EPS)
+    torch.autograd.backward((total, normed), [grad.double() for grad in grads])
+    return [total, normed, *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def ours(x, y, gamma, keep, weight, bias, grads, wanted=NAMES):
+    leaves = dict(zip(NAMES, (x, y, gamma, weight, bias), strict=True))
+    leaves = {n: None if t is None else t.detach().requires_grad_(n in wanted) for n, t in leaves.items()}
+    got = add_norm(leaves['x'], leaves['y'], leaves['gamma'], keep, leaves['weight'], leaves['bias'], EPS)
+    torch.autograd.backward(got, grads)
+    return [*got, *(leaf.grad for leaf in leaves.values() if leaf is not None)]
+
+
+def worst(got, expected):
+    return max(relative_error(a, b) for a, b in zip(got, expected, strict=True) if a is not None)
+
+
+def same_bits(got, expected):
+    return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize('gamma, keep', [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_sum_norm_and_gradients(shape, dtype, gamma, keep):
+    case = inputs(shape, dtype, gamma=gamma, keep=keep)
+    got = ours(**case)
+    assert {t.dtype for t in got[:4]} == {dtype} and {t.dtype for t in got[4:]} == {torch.float32}
+    assert worst(got, reference(got[0], **case)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize('dtype, dtype_y', [(torch.float32, HALF), (HALF, torch.float32)])
+@pytest.mark.parametrize('scaled', [True, False])
+def test_branch_of_another_dtype(dtype, dtype_y, scaled):
+    case = inputs((2, 9, 48), dtype, dtype_y, gamma=scaled, keep=scaled)
+    got = ours(**case)
+    expected = reference(got[0], **case)
+    assert got[0].dtype == dtype and got[3].dtype == dtype_y
+    assert relative_error(got[0], expected[0]) <= TOLERANCE[dtype]
+    assert worst(got, expected) <= TOLERANCE[HALF]
+
+
+@pytest.mark.parametrize('wanted', [NAMES[:1], NAMES[1:2], NAMES[2:3], NAMES[3:4], NAMES[4:], NAMES[:2], NAMES[1:4]])
+@pytest.mark.parametrize('scaled', [True, False])
+def test_gradients_that_are_not_wanted(wanted, scaled):
+    """They are left out, and the others are the same."""
+    case = inputs((2, 9, 48), gamma=scaled, keep=scaled)
+    if not scaled and wanted == ('gamma',):
+        return
+    got, expected = ours(**case, wanted=wanted), ours(**case)
+    names = [name for name in NAMES if scaled or name != 'gamma']
+    assert [grad is not None for grad in got[2:]] == [name in wanted for name in names]
+    assert same_bits(got, expected)
+
+
+@pytest.mark.parametrize('dtype', TOLERANCE)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_the_parts(shape, dtype):
+    """The norm alone has the bits of the norm of a sum, and the sum alone those of the sum."""
+    case = inputs(shape, dtype)
+    x, y, gamma, keep, weight, bias, (grad, _) = case.values()
+    total, normed = add_norm(x, y, gamma, keep, weight, bias, EPS)
+    assert torch.equal(scaled_add(x, y, gamma, keep), total)
+    assert torch.equal(layer_norm(total, weight, bias, EPS), normed)
+
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    out = layer_norm(*leaves, EPS)
+    got = (out, *torch.autograd.grad(out, leaves, grad))
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    out = F.layer_norm(leaves[0], x.shape[-1:], leaves[1], leaves[2], EPS)
+    assert worst(got, (out, *torch.autograd.grad(out, leaves, grad.double()))) <= TOLERANCE[dtype]
+
+    leaves = [t.detach().requires_grad_() for t in (x, y, gamma)]
+    got = torch.autograd.grad(scaled_add(*leaves, keep), leaves, grad)
+    assert torch.equal(got[0], grad)
+    leaves = [t.detach().double().requires_grad_() for t in (x, y, gamma)]
+    assert worst(got, torch.autograd.grad(expected_sum(*leaves, keep), leaves, grad.double())) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize('used', [0, 1])
+def test_one_of_the_two_results_used(used):
+    case = inputs((2, 9, 48))
+    grads = list(case['grads'])
+    grads[1 - used] = torch.zeros_like(grads[used])
+    expected = ours(**{**case, 'grads': grads})[2:]
+    x, y, gamma, keep, weight, bias, _ = case.values()
+    leaves = [t.detach().requires_grad_() for t in (x, y, gamma, weight, bias)]
+    got = add_norm(*leaves[:3], keep, *leaves[3:], EPS)[used]
+    got = torch.autograd.grad(got, leaves, grads[used], allow_unused=True)
+    assert worst(got, expected) <= 1e-6
+    assert [grad is None for grad in got] == [False] * 3 + [used == 0] * 2
+
+
+def test_dtype_of_the_norm_and_of_the_parameters():
+    x, y, gamma, keep, weight, bias, _ = inputs((2, 9, 48)).values()
+    total, normed = add_norm(x, y, gamma, keep, weight, bias, EPS, torch.float16)
+    expected = layer_norm(total, weight, bias, EPS)
+    assert (total.dtype, normed.dtype) == (torch.float32, torch.float16) and torch.equal(normed, expected.half())
+    leaves = [t.half().requires_grad_() for t in (gamma, weight, bias)]
+    total, normed = add_norm(x, y, leaves[0], keep, *leaves[1:], EPS, torch.float16)
+    (total.sum() + normed.sum()).backward()
+    assert all(leaf.grad.dtype == torch.float16 for leaf in leaves)
+
+
+def test_the_same_bits_twice():
+    case = inputs(SHAPES[-1], torch.float16)
+    assert same_bits(ours(**case), ours(**case))
+
+
+def test_more_rows_than_programs(monkeypatch):
+    case = inputs((2, 65, 200))
+    monkeypatch.setattr(residual_ops, 'MAX_PROGRAMS', 3)
+    got = ours(**case)
+    assert worst(got, reference(got[0], **case)) <= TOLERANCE[torch.float32]
+
+
+def test_every_element_is_written(monkeypatch):
+    """New memory is filled with NaN first."""
+    case = inputs((2, 65, 200))
+    expected = ours(**case)
+
+    def poisoned(make):
+        return staticmethod(lambda *args, **kwargs: make(*args, **kwargs).fill_(float('nan')))
+
+    class Torch:
+        empty, empty_like = poisoned(torch.empty), poisoned(torch.empty_like)
+
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+    monkeypatch.setattr(residual_ops, 'torch', Torch())
+    assert same_bits(ours(**case), expected)
+
+
+def test_strided_inputs():
+    case = inputs((2, 9, 48))
+
+    def strided(t):
+        return torch.stack((t, torch.full_like(t, float('nan'))), -1)[..., 0]
+
+    twisted = {n: tuple(map(strided, t)) if n == 'grads' else strided(t) for n, t in case.items()}
+    assert not twisted['x'].is_contiguous()
+    assert same_bits(ours(**twisted), ours(**case))
+    x, weight, bias = (twisted[n].detach().requires_grad_() for n in ('x', 'weight', 'bias'))
+    layer_norm(x.transpose(0, 1), weight, bias, EPS).sum().backward()  # a gradient of stride 0
+    other = case['x'].clone().requires_grad_()
+    layer_norm(other, case['weight'], case['bias'], EPS).sum().backward()
+    assert torch.equal(x.grad, other.grad)
+
+
+def test_empty_batch():
+    assert [t.shape[0] for t in ours(**inputs((0, 9, 48)))[:4]] == [0] * 4
+    assert not any(grad.any() for grad in ours(**inputs((0, 9, 48)))[4:])
+
+
+@pytest.mark.skipif(not CUDA, reason='needs 16 GB on a GPU')
+def test_more_elements_than_an_int32_counts():
+    x = torch.randn(3, 1024, 1024, device=DEVICE, dtype=torch.bfloat16).repeat(1, 700, 1)  # 2.2e9
+    weight, bias = torch.randn(2, 1024, device=DEVICE)
+    keep = torch.tensor([1.0, 0.0, 2.0], device=DEVICE)
+    total, normed = add_norm(x, x, None, keep, weight, bias, EPS)
+    for b, factor in enumerate((2, 1, 3)):
+        assert torch.equal(total[b, -1024:], x[b, :1024] * factor)
+    assert torch.equal(normed[2, -1024:], layer_norm(total[2, :1024], weight, bias, EPS))
+
+
+def test_shapes_without_running():
+    """What tracing sees."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(2, 9, 48, dtype=torch.bfloat16, requires_grad=True)
+        gamma, weight, bias = (torch.empty(48, requires_grad=True) for _ in range(3))
+        total, normed = add_norm(x, x * 2, gamma, torch.empty(2), weight, bias, EPS, torch.float16)
+        assert (total.shape, total.dtype) == (x.shape, torch.bfloat16)
+        assert (normed.shape, normed.dtype) == (x.shape, torch.float16)
+        (total.sum() + normed.sum() + layer_norm(x, weight, bias, EPS).sum()).backward()
+        assert x.grad.dtype == torch.bfloat16 and gamma.grad.shape == weight.grad.shape == bias.grad.shape == (48,)
+
+
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')  # opcheck looks at it
+@pytest.mark.parametrize('left_out', [(), ('gamma', 'keep'), ('y', 'gamma', 'keep'), ('weight', 'bias')])
+def test_registration(left_out):
+    case = inputs((2, 3, 16))
+    arguments = [
+        None if n in left_out else case[n].requires_grad_(n != 'keep')
+        for n in ('x', 'y', 'gamma', 'keep', 'weight', 'bias')
+    ]
+    torch.library.opcheck(torch.ops.beit_plugin.residual.default, (*arguments, EPS, torch.float32))
+
+
+def test_arguments_that_do_not_fit():
+    x, y, gamma, keep, weight, bias, _ = inputs((2, 9, 48)).values()
+    for changed, sentence in (
+        (dict(x=x.double()), r'with C up to 4096, got torch.float64 of shape \(2, 9, 48\)'),
+        (dict(x=x[0, 0]), r'of shape \(48,\)'),
+        (dict(x=x.new_empty(1, 1, 4097)), r'of shape \(1, 1, 4097\)'),
+        (dict(y=y[:1]), r'expected y of shape \(2, 9, 48\), got \(1, 9, 48\)'),
+        (dict(keep=keep[:, None, None]), r'expected keep of shape \(2,\), got \(2, 1, 1\)'),
+        (dict(gamma=gamma[:1]), r'expected gamma of shape \(48,\), got \(1,\)'),
+        (dict(weight=weight[:1]), r'expected weight of shape \(48,\)'),
+    ):
+        arguments = {**dict(x=x, y=y, gamma=gamma, keep=keep, weight=weight, bias=bias), **changed}
+        with pytest.raises(ValueError, match=sentence):
+            add_norm(**arguments, eps=EPS)
+
+
+def blocks(**options):
+    """With the kernels, and the reference."""
+    made = [Block(32, 2, attn_backend=backend, **options) for backend in ('fused', 'eager')]
+    return [randomize(block).to(DEVICE).train() for block in made]
+
+
+def fused_calls(monkeypatch):
+    calls = []
+    forward = residual_ops._forward
+
+    def counted(*args):
+        calls.append(args)
+        return forward(*args)
+
+    monkeypatch.setattr(residual_ops, '_forward', counted)
+    return calls
+
+
+@pytest.mark.parametrize('options', [dict(), dict(init_values=0.1), dict(init_values=0.1, drop_path=0.5)])
+def test_block(options, monkeypatch):
+    calls = fused_calls(monkeypatch)
+    x = torch.randn(8, 5, 32, device=DEVICE)
+    results = []
+    for block in blocks(**options):
+        torch.manual_seed(7)
+        leaf = x.clone().requires_grad_()
+        out, _ = block(leaf)
+        out.square().sum().backward()
+        results.append([out, leaf.grad, *gradients(block).values()])
+    assert len(calls) == 3
+    assert worst(*results) <= 5e-6
+
+
+def test_block_in_mixed_precision(monkeypatch):
+    """The stream keeps its dtype, and the norms come in that of the linear layers."""
+    calls = fused_calls(monkeypatch)
+    fused, eager = blocks(init_values=0.1)
+    for dtype in (torch.float32, HALF):
+        x = torch.randn(4, 5, 32, device=DEVICE).to(dtype)
+        with torch.autocast(DEVICE, HALF):
+            got, expected = fused(x)[0], eager(x)[0]
+        assert got.dtype == expected.dtype == dtype
+        assert relative_error(got, expected) <= 2e-2
+    assert [call[-1] for call in calls] == [HALF, HALF, torch.float32] + [HALF] * 3
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('scale_by_keep', [True, False])
+def test_random_numbers_of_stochastic_depth(dtype, scale_by_keep):
+    """Those of timm, and no more."""
+    layer = DropPath(0.3, scale_by_keep)
+    x = torch.ones(16, 2, 3, device=DEVICE, dtype=dtype)
+    torch.manual_seed(3)
+    expected, after = drop_path(x, 0.3, True, scale_by_keep)[:, 0, 0], torch.rand(2, device=DEVICE)
+    torch.manual_seed(3)
+    keep = _draw_keep(layer, x)
+    assert torch.equal(torch.rand(2, device=DEVICE), after) and keep.dtype == torch.float32
+    assert 0 < keep.count_nonzero() < 16 and relative_error(keep, expected) <= 4e-3
+    assert _draw_keep(layer.eval(), x) is None and _draw_keep(nn.Identity(), x) is None
+
+
+def change_norm(block):
+    block.norm1 = nn.RMSNorm(32).to(DEVICE)
+
+
+def change_forward(block):
+    block.norm2.forward = lambda x: x
+
+
+def without_bias(block):
+    block.norm1 = nn.LayerNorm(32, bias=False).to(DEVICE)
+
+
+@pytest.mark.parametrize('change', [change_norm, change_forward, without_bias])
+def test_other_norms_are_called_as_they_are(change, monkeypatch):
+    calls = fused_calls(monkeypatch)
+    fused, eager = blocks()
+    change(fused), change(eager)
+    x = torch.randn(2, 5, 32, device=DEVICE)
+    assert relative_error(fused(x)[0], eager(x)[0]) <= 5e-6 and not calls
+
+
+@pytest.mark.parametrize('name', ['norm1', 'norm2', 'drop_path1', 'drop_path2'])
+@pytest.mark.parametrize(
+    'register',
+    ['register_forward_hook', 'register_forward_pre_hook', 'register_full_backward_hook', 'everywhere'],
+)
+def test_hooks_fire(name, register, monkeypatch):
+    calls = fused_calls(monkeypatch)
+    block, _ = blocks(drop_path=0.5)
+    module = block.get_submodule(name)
+    seen = []
+
+    def hook(hooked, *_):
+        seen.append(hooked)
+
+    if register == 'everywhere':
+        handle = nn.modules.module.register_module_forward_hook(hook)
+    else:
+        handle = getattr(module, register)(hook)
+    x = torch.randn(2, 5, 32, device=DEVICE, requires_grad=True)
+    block(x)[0].sum().backward()
+    assert module in seen and not calls
+    handle.remove()
+    block(x)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize('case', ['weights', 'mask', 'eager', 'auto', 'float64', 'torch.func'])
+def test_where_the_reference_runs(case, monkeypatch):
+    calls = fused_calls(monkeypatch)
+    block, eager = blocks()
+    x = torch.randn(2, 5, 32, device=DEVICE)
+    if case == 'weights':
+        block(x, return_weights=True)
+    elif case == 'mask':
+        block(x, head_mask=torch.ones(2, device=DEVICE))
+    elif case == 'eager':
+        eager(x)
+    elif case == 'auto':
+        block.attn.backend = 'auto'
+        block(x)
+        assert len(calls) == (3 if CUDA else 0)
+        return
+    elif case == 'float64':
+        block.double()(x.double())
+    else:
+        torch.func.grad(lambda t: block(t)[0].sum())(x)
+    assert not calls
+
+
+def test_compiled_and_exported(monkeypatch):
+    """A compiler gets the plain operations."""
+    calls = fused_calls(monkeypatch)
+    block, eager = blocks(init_values=0.1)
+    x = torch.randn(2, 5, 32, device=DEVICE)
+    expected = eager(x)[0]
+    assert relative_error(torch.compile(block, fullgraph=True, backend='aot_eager')(x)[0], expected) <= 5e-6
+    program = torch.export.export(block, (x,))
+    assert relative_error(program.module()(x)[0], expected) <= 5e-6
+    assert not any('beit_plugin' in str(node.target) for node in program.graph.nodes) and not calls
+
+
+def test_operators_compile():
+    x, y, gamma, keep, weight, bias, _ = inputs((2, 9, 48)).values()
+    leaves = [t.requires_grad_() for t in (x, y, gamma, weight, bias)]
+
+    def function(x, y, gamma, weight, bias):
+        total, normed = add_norm(x, y, gamma, keep, weight, bias, EPS)
+        return (scaled_add(total, normed, gamma, None) * layer_norm(normed, weight, bias, EPS)).sum()
+
+    got = torch.autograd.grad(torch.compile(function, fullgraph=True, backend='aot_eager')(*leaves), leaves)
+    assert worst(got, torch.autograd.grad(function(*leaves), leaves)) <= 2e-6
+
+
+def test_why_triton_cannot_run(monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    kernel_support._refusal.cache_clear()
+    assert 'need a GPU of compute capability 8.0 or later, and the tensors are on cpu' in kernel_support.triton_refusal(
+        torch.device('cpu')
+    )
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    assert kernel_support.triton_refusal(torch.device('cpu')) is None
+    kernel_support._refusal.cache_clear()
+    monkeypatch.setattr(kernel_support, 'find_spec', lambda name: None)
+    assert kernel_support.triton_refusal(torch.device('cpu')) == 'Triton is not installed'
+    kernel_support._refusal.cache_clear()
+
+
+def test_triton_that_does_not_start(monkeypatch):
+    """For want of a compiler, say."""
+    import triton
+
+    def fails():
+        raise RuntimeError('Failed to find C compiler')
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=fails))
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (9, 0))
+    monkeypatch.setattr(triton.runtime, 'driver', driver)
+    kernel_support._refusal.cache_clear()
+    refusal = kernel_support.triton_refusal(torch.device('cuda', 0))
+    assert refusal == 'Triton does not start on this machine (RuntimeError: Failed to find C compiler)'
+    kernel_support._refusal.cache_clear()
