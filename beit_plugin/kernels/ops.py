@@ -7,6 +7,7 @@ Legend: B batch, N tokens, K heads, D head dim, h w grid, R rows of the table, P
 """
 
 import os
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -20,47 +21,68 @@ __all__ = ['attend', 'lengthen_table', 'reduce_to_table']
 kernels: Any = rel_pos_attention  # a kernel is called by grid and options that its signature does not show
 
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200: with fewer blocks the batch is split among more programs
+HOPPER_MEMORY = 227 * 1024  # bytes of shared memory that a program may have on an H100 or H200
+LARGEST_BLOCK = 128  # tokens; what the kernels read of all tokens is padded to a multiple of it
 ROW_ALIGNMENT = 64  # elements to which rows of the gradient of the bias are padded
 
 
 class Blocks(NamedTuple):
-    """Sizes of a kernel's blocks, warps and stages of its pipeline."""
+    """Sizes of a kernel's blocks, warps, stages of its pipeline, and registers of a thread (None: as many as it takes).
+
+    With fewer registers more programs fit on a multiprocessor, and hide each other's waiting.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        return self._asdict()
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
-def _blocks(kind: str, head_dim: int) -> Blocks:
-    """Blocks of a kernel; larger head dims leave room for smaller ones only."""
-    wide = head_dim > 64
-    table = {
-        'forward': Blocks(128, 64, 8, 2 if wide else 3),
-        'grad_kv': Blocks(32 if wide else 64, 128, 8, 2),
-        'grad_q': Blocks(128, 32 if wide else 64, 8, 2),
-        'grad_bias': Blocks(128, 64, 8, 2),
-    }
-    return table[kind]
+def _blocks(kind: str, head_dim: int, shared_memory: int = HOPPER_MEMORY) -> Blocks:
+    """Blocks of a kernel, the fastest of those tried on an H200.
+
+    Larger head dims leave room for smaller ones only. What ``grad_q`` writes of its queries ``grad_kv`` reads, so its
+    BLOCK_M is no smaller.
+
+    Args:
+        kind: ``forward``, ``grad_q``, ``grad_kv`` or ``grad_bias``.
+        head_dim: D.
+        shared_memory: of a program, in bytes.
+    """
+    if head_dim > 64:
+        small = shared_memory < HOPPER_MEMORY
+        return {
+            'forward': Blocks(128, 32, 8, 3),
+            'grad_q': Blocks(64, 32, 4, 2),
+            'grad_kv': Blocks(32, 64, 4, 3),
+            'grad_bias': Blocks(64, 32, 4, 2) if small else Blocks(128, 64, 8, 2),
+        }[kind]
+    narrow = head_dim <= 32
+    return {
+        'forward': Blocks(64, 64, 4, 3, 128),
+        'grad_q': Blocks(64, 32, 4, 3),
+        'grad_kv': Blocks(32, 64, 4, 3, 128),
+        'grad_bias': Blocks(64, 64, 4, 3) if narrow else Blocks(64, 64, 4, 2, 168),
+    }[kind]
 
 
-class _Geometry(NamedTuple):
-    """What the kernels need to know of a grid."""
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Of a program, in bytes; elsewhere than on a GPU as much as wanted."""
+    if device.type != 'cuda':
+        return HOPPER_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
-    w: int
-    magic: int
-    places: int  # S
 
-    @staticmethod
-    def of(h: int, w: int) -> '_Geometry':
-        magic = -(-(2**32) // w) & 0xFFFFFFFF  # 2**32 for w = 1 becomes 0: there the quotient counts nothing
-        # the bits of a signed number, which is what an argument of a kernel of this size is
-        return _Geometry(w, magic - 2**32 if magic >= 2**31 else magic, (h - 1) * (2 * w - 1) + w)
+def num_places(h: int, w: int) -> int:
+    """S, how many places the patches of a grid take."""
+    return (h - 1) * (2 * w - 1) + w
 
 
 def _shapes(qkv: Tensor) -> tuple[int, int, int, int]:
@@ -74,34 +96,51 @@ def _packed(qkv: Tensor) -> Tensor:
     return qkv if qkv.stride()[2:] == (K * D, D, 1) else qkv.contiguous()
 
 
-def _constants(head_dim: int, prefix: int) -> dict[str, Any]:
+def _magic(w: int) -> int:
+    """2**31 / w rounded up, to divide by w with a multiplication; a little less for w = 1, which divides only 0."""
+    return min(-(-(2**31) // w), 2**31 - 1)
+
+
+def _constants(head_dim: int, prefix: int, w: int) -> dict[str, Any]:
     interpreted = os.environ.get('TRITON_INTERPRET') == '1'  # the interpreter has no assembly
-    return dict(P=prefix, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=not interpreted)
+    block_d = triton.next_power_of_2(head_dim)
+    return dict(P=prefix, D=head_dim, BLOCK_D=block_d, PAIR=w % 2 == 0, DIRECT=not interpreted)
 
 
-def lengthen_table(table: Tensor, h: int, w: int) -> Tensor:
-    """The bias by the difference of two tokens' places, as the kernels read it.
+def _padded(tokens: int) -> int:
+    """V."""
+    return triton.cdiv(tokens, LARGEST_BLOCK) * LARGEST_BLOCK
+
+
+def lengthen_table(table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """The bias by the difference of two tokens' places, as the kernels read it, and the places.
 
     Args:
         table: (R, K) with R = (2h-1)*(2w-1)+3.
         h, w: grid.
+        prefix: 1 with [CLS], 0 without.
 
     Returns:
-        (K, 7*S) float32 with S = (h-1)*(2w-1)+w: log2(e) times the bias; -inf where the key is padding.
+        places: (2, K, 7*S, 2) float32 with S = ``num_places``: log2(e) times the bias of pairs of tokens.
+        offsets: (2, V) int32: where in ``places`` keys and queries stand, in bytes.
     """
     rows, heads = table.shape
-    S = _Geometry.of(h, w).places
-    places = torch.empty(heads, 7 * S, dtype=torch.float32, device=table.device)
-    block = 1024
-    kernels.table_kernel[(triton.cdiv(7 * S, block), heads)](table.contiguous(), places, S, rows, heads, BLOCK=block)
-    return places
+    S, N = num_places(h, w), prefix + h * w
+    V = _padded(N)
+    places = torch.empty(2, heads, 7 * S, 2, dtype=torch.float32, device=table.device)
+    offsets = torch.empty(2, V, dtype=torch.int32, device=table.device)
+    block = 512
+    kernels.table_kernel[(triton.cdiv(max(7 * S, V), block), heads + 1, 2)](
+        table.contiguous(), places, offsets, N, w, S, rows, V, heads, P=prefix, BLOCK=block
+    )
+    return places, offsets
 
 
 def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Sums the gradient of the bias to that of the table.
 
     Args:
-        grad_bias: (splits, K, N, N padded).
+        grad_bias: (splits, K, N, N padded), tokens in the order of the kernels: [CLS] last.
         h, w: grid.
         prefix: 1 with [CLS], 0 without.
         dtype: of the result.
@@ -111,76 +150,79 @@ def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch
     """
     splits, K, N, _ = grad_bias.shape
     width = 2 * w - 1
-    sums = torch.empty(K, h, h, width, dtype=torch.float32, device=grad_bias.device)
-    block_o = min(128, triton.next_power_of_2(width))
-    kernels.row_sums_kernel[(h, h, K)](
-        grad_bias, sums, splits, w, h, *grad_bias.stride()[:3],
-        P=prefix, BLOCK_X=min(16, triton.next_power_of_2(w)), BLOCK_O=block_o,
+    strides = grad_bias.stride()[:3]
+    sums = torch.empty(K, 2 * h - 1, w, w, dtype=torch.float32, device=grad_bias.device)
+    vector = min(8, w & -w)  # the largest power of 2 that divides w
+    block_j = min(512, triton.next_power_of_2(w * w))
+    kernels.band_sums_kernel[(2 * h - 1, triton.cdiv(w * w, block_j), K)](
+        grad_bias, sums, splits, w, _magic(w), h, *strides,
+        BLOCK_Y=min(8, triton.next_power_of_2(h)), BLOCK_J=block_j, VECTOR=vector,
     )  # fmt: skip
     grad_table = torch.empty((2 * h - 1) * width + 3, K, dtype=dtype, device=grad_bias.device)
+    block_o = min(128, triton.next_power_of_2(width))
     kernels.table_sums_kernel[(2 * h, triton.cdiv(width, block_o), K)](
-        sums, grad_bias, grad_table, splits, N, K, w, h, *grad_bias.stride()[:3],
-        P=prefix, BLOCK_Y=min(32, triton.next_power_of_2(h)), BLOCK_O=block_o, BLOCK_N=256,
+        sums, grad_bias, grad_table, splits, N, K, w, h, *strides,
+        P=prefix, BLOCK_X=min(16, triton.next_power_of_2(w)), BLOCK_O=block_o, BLOCK_N=256,
     )  # fmt: skip
     return grad_table
 
 
 @torch.library.custom_op('beit_plugin::rel_pos_attention', mutates_args=())
-def _forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
     qkv = _packed(qkv)
     B, N, K, D = _shapes(qkv)
     out = torch.empty(B, N, K, D, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(B, K, N, dtype=torch.float32, device=qkv.device)
-    blocks = _blocks('forward', D)
+    blocks = _blocks('forward', D, _shared_memory(qkv.device))
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
-        places = lengthen_table(table, h, w)
+        places, offsets = lengthen_table(table, h, w, prefix)
         kernels.forward_kernel[(triton.cdiv(N, blocks.BLOCK_M), K, B)](
-            qkv, places, out, lse, D**-0.5, N, K, *_Geometry.of(h, w), *qkv.stride()[:2],
-            **_constants(D, prefix), **blocks.options,
+            qkv, places, offsets, out, lse, D**-0.5, N, K, num_places(h, w), offsets.shape[1], *qkv.stride()[:2],
+            **_constants(D, prefix, w), **blocks.options,
         )  # fmt: skip
-    return out, lse, places
+    return out, lse
 
 
 @_forward.register_fake
-def _(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
     B, N, K, D = _shapes(qkv)
-    lse = qkv.new_empty(B, K, N, dtype=torch.float32)
-    return qkv.new_empty(B, N, K, D), lse, lse.new_empty(K, 7 * _Geometry.of(h, w).places)
+    return qkv.new_empty(B, N, K, D), qkv.new_empty(B, K, N, dtype=torch.float32)
 
 
 @torch.library.custom_op('beit_plugin::rel_pos_attention_backward', mutates_args=())
 def _backward(
     grad: Tensor,
     qkv: Tensor,
+    table: Tensor,
     out: Tensor,
     lse: Tensor,
-    places: Tensor,
     h: int,
     w: int,
     prefix: int,
-    dtype: torch.dtype | None,
+    wants_table: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and, if a dtype is given for it, of the table."""
     qkv, grad, out = _packed(qkv), grad.contiguous(), out.contiguous()
     B, N, K, D = _shapes(qkv)
-    delta = torch.empty_like(lse)
     grad_qkv = torch.empty(B, N, 3, K, D, dtype=qkv.dtype, device=qkv.device)
-    sizes = (N, K, *_Geometry.of(h, w), *qkv.stride()[:2])
-    constants = _constants(D, prefix)
+    stats = torch.empty(B, K, _padded(N), 2, dtype=torch.float32, device=qkv.device)
+    constants = _constants(D, prefix, w)
     scale = D**-0.5
+    memory = _shared_memory(qkv.device)
     with torch.cuda.device_of(qkv):
-        blocks = _blocks('grad_q', D)
+        # anew: a lengthened table per layer would add up until the backward pass
+        places, offsets = lengthen_table(table, h, w, prefix)
+        sizes = (N, K, num_places(h, w), offsets.shape[1], *qkv.stride()[:2])
+        blocks = _blocks('grad_q', D, memory)
         kernels.grad_q_kernel[(triton.cdiv(N, blocks.BLOCK_M), K, B)](
-            qkv, places, out, grad, lse, delta, grad_qkv, scale, *sizes, **constants, **blocks.options
+            qkv, places, offsets, out, grad, lse, stats, grad_qkv, scale, *sizes, **constants, **blocks.options
         )
-        read = (qkv, places, grad, lse, delta)
-        blocks = _blocks('grad_kv', D)
+        blocks = _blocks('grad_kv', D, memory)
         kernels.grad_kv_kernel[(triton.cdiv(N, blocks.BLOCK_N), K, B)](
-            *read, grad_qkv, scale, *sizes, **constants, **blocks.options
+            qkv, places, offsets, grad, stats, grad_qkv, scale, *sizes, **constants, **blocks.options
         )
-        if dtype is None:
-            return grad_qkv, lse.new_empty(0)
-        blocks = _blocks('grad_bias', D)
+        if not wants_table:
+            return grad_qkv, table.new_empty(0)
+        blocks = _blocks('grad_bias', D, memory)
         tiles = triton.cdiv(N, blocks.BLOCK_N), triton.cdiv(N, blocks.BLOCK_M)
         splits = max(1, min(B, MIN_PROGRAMS // (tiles[0] * tiles[1] * K)))
         per_split = triton.cdiv(B, splits)
@@ -189,40 +231,38 @@ def _backward(
         kept = qkv.dtype if splits == 1 else torch.float32
         grad_bias = torch.empty(splits, K, N, columns, dtype=kept, device=qkv.device)
         kernels.grad_bias_kernel[(*tiles, K * splits)](
-            *read, grad_bias, scale, B, *sizes, *grad_bias.stride()[:3], per_split, **constants, **blocks.options
-        )
-        return grad_qkv, reduce_to_table(grad_bias, h, w, prefix, dtype)
+            qkv, places, offsets, grad, stats, grad_bias, scale, B, *sizes, *grad_bias.stride()[:3], per_split,
+            **constants, **blocks.options,
+        )  # fmt: skip
+        return grad_qkv, reduce_to_table(grad_bias, h, w, prefix, table.dtype)
 
 
 @_backward.register_fake
 def _(
     grad: Tensor,
     qkv: Tensor,
+    table: Tensor,
     out: Tensor,
     lse: Tensor,
-    places: Tensor,
     h: int,
     w: int,
     prefix: int,
-    dtype: torch.dtype | None,
+    wants_table: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = (2 * h - 1) * (2 * w - 1) + 3
-    grad_table = lse.new_empty(0) if dtype is None else lse.new_empty(rows, places.shape[0], dtype=dtype)
-    return qkv.new_empty(qkv.shape), grad_table
+    return qkv.new_empty(qkv.shape), table.new_empty(table.shape if wants_table else 0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, table, *ctx.grid = inputs
-    ctx.dtype = table.dtype
-    ctx.save_for_backward(qkv, *output)
+    ctx.save_for_backward(qkv, table, *output)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None, __: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     wanted = ctx.needs_input_grad[1]
-    grad_qkv, grad_table = _backward(grad, *ctx.saved_tensors, *ctx.grid, ctx.dtype if wanted else None)
+    grad_qkv, grad_table = _backward(grad, *ctx.saved_tensors, *ctx.grid, wanted)
     return grad_qkv, grad_table if wanted else None, None, None, None
 
 

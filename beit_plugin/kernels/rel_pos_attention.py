@@ -6,104 +6,192 @@ never laid out for pairs of tokens, each score fetches its own from the table, w
 gradient of the bias is summed over the batch in registers and then along the diagonals, without atomics: the same
 inputs give the same bits.
 
-The table is lengthened so that one subtraction finds the row of any pair, ``place of the query - place of the key``:
-patch and patch meet in the table itself, and [CLS] or padding on either side have a stretch of equal values each. Per
-head, with S = (h-1)*(2w-1) + w places of patches:
+Order: here a token's number counts the patches row by row and then [CLS], so that two neighbours from an even number on
+are in the same row of an even grid. A block of tokens beyond the last one reads [CLS] or the first patch again.
 
-    rows            query    key
-    0 .. 2S-2       patch    patch
-    2S-1 .. 3S-2    patch    [CLS]
-    3S-1 .. 4S-2    patch    padding: -inf
-    4S-1 .. 5S-2    [CLS]    patch
-    6S-2            [CLS]    [CLS]
-    7S-2            [CLS]    padding: -inf
+The table is lengthened (``table_kernel``) so that one subtraction finds the row of any pair of tokens, ``place of the
+query - place of the key``: patch and patch meet in the table itself, and [CLS] or padding on either side have a stretch
+of equal values each. Per head, with S = (h-1)*(2w-1) + w places of patches, 7*S rows:
+
+    rows            query    key             rows            query    key
+    0 .. 2S-2       patch    patch           4S-1 .. 5S-2    [CLS]    patch
+    2S-1 .. 3S-2    patch    [CLS]           6S-2            [CLS]    [CLS]
+    3S-1 .. 4S-2    patch    padding: -inf   7S-2            [CLS]    padding: -inf
+
+A row has the values of two neighbours, which one load of 8 bytes fetches: those of keys n and n+1 in the first copy of
+the table, those of queries m and m+1 in the second. On a grid of odd width each value is fetched by itself.
 
 Layout: the fused projection qkv (B, N, 3, K, D) is read and its gradient written in place of three tensors; the output
-is (B, N, K, D), so that neither side needs a copy. Scores are in units of log2(e), for the hardware has exp2. Tokens
-beyond the last are read as the last one, so that no load has a mask.
+is (B, N, K, D), so that neither side needs a copy. Scores are in units of log2(e), for the hardware has exp2.
 
-Legend: B batch, N tokens, K heads, D head dim, h w grid, R rows of the table, P [CLS] tokens (0 or 1).
-Every pointer's shape stands beside it.
+Legend: B batch, N tokens, K heads, D head dim, h w grid, R rows of the table, P [CLS] tokens (0 or 1), V tokens and
+padding up to a multiple of every block. Every pointer's shape stands beside it.
 """
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+PAIR_BYTES, FLOAT_BYTES = tl.constexpr(8), tl.constexpr(4)
 
 
 @triton.jit
-def _query_places(m, N, w, magic, S, P: tl.constexpr):
-    """Places of queries; ``magic`` is 2**32 / w rounded up, for a division by multiplication."""
-    patch = tl.minimum(m, N - 1) - P
-    place = patch + (w - 1) * tl.umulhi(patch, magic) + S - 1
-    if P:
-        place = tl.where(m == 0, 5 * S - 2, place)
-    return place
-
-
-@triton.jit
-def _key_places(n, N, w, magic, S, P: tl.constexpr):
-    patch = n - P
-    place = patch + (w - 1) * tl.umulhi(patch, magic)
-    if P:
-        place = tl.where(n == 0, -S, place)
-    return tl.where(n < N, place, -2 * S)
-
-
-@triton.jit
-def _fetch(pointers, DIRECT: tl.constexpr):
-    """Loads float32 into the layout of the pointers: Triton would choose another one and exchange through memory."""
-    if DIRECT:
-        return tl.inline_asm_elementwise(
-            'ld.global.nc.f32 $0, [$1];', '=f,l', [pointers], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return tl.load(pointers)
-
-
-@triton.jit
-def _rows(base, index, stride, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rows(base, index, stride, N, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """A block of tokens (len(index), BLOCK_D), zero beyond D."""
     d = tl.arange(0, BLOCK_D)
-    at = base + tl.minimum(index, N - 1)[:, None].to(tl.int64) * stride + d[None, :]
+    token = tl.where(index < N - P, index + P, 0)  # no mask: the bias or the statistics of padding make it count 0
+    at = base + (token[:, None] * stride + d[None, :])
     if D == BLOCK_D:
         return tl.load(at)
     return tl.load(at, mask=d[None, :] < D, other=0.0)
 
 
-@triton.jit(do_not_specialize=['S', 'R'])
-def table_kernel(
-    table,  # R, K
-    places,  # K, 7*S: log2(e) * bias
-    S,
-    R,
-    K,
-    BLOCK: tl.constexpr,
-):
-    """Lengthens the table. Grid: (blocks, K)."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    head = tl.program_id(1)
-    source = tl.minimum(row, R - 1)
+@triton.jit
+def _store_rows(base, index, stride, value, N, P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    token = tl.where(index < N - P, index + P, 0)
+    at = base + (token[:, None] * stride + d[None, :])
+    tl.store(at, value.to(base.dtype.element_ty), mask=(index[:, None] < N) & (d[None, :] < D))
+
+
+# The four functions below load by assembly, in the layout in which the matrix units hold the scores: Triton would load
+# in another one and exchange through shared memory. A thread holds neighbouring columns in pairs, hence pack=2.
+
+
+@triton.jit
+def _load_offsets(offsets, OF_PAIR: tl.constexpr, index, part: tl.constexpr, DIRECT: tl.constexpr):
+    """Where tokens stand, or with ``OF_PAIR`` where that one of each pair stands whose number is ``part``."""
+    if DIRECT:
+        return tl.inline_asm_elementwise(
+            'ld.global.nc.v2.b32 {$0, $1}, [$2];', '=r,=r,l,l', [offsets + index], dtype=tl.int32, is_pure=True, pack=2
+        )
+    return tl.load(offsets + (index // 2 * 2 + part if OF_PAIR else index))
+
+
+@triton.jit
+def _load_stats(stats, index, DIRECT: tl.constexpr):
+    """Two numbers of each row."""
+    if DIRECT:
+        return tl.inline_asm_elementwise(
+            'ld.global.nc.v4.f32 {$0, $2, $1, $3}, [$4];', '=f,=f,=f,=f,l,l', [stats + 2 * index],
+            dtype=(tl.float32, tl.float32), is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.load(stats + 2 * index), tl.load(stats + 2 * index + 1)
+
+
+@triton.jit
+def _bias_by_key(places, query, offsets, n, PAIR: tl.constexpr, DIRECT: tl.constexpr):
+    """Bias of queries, given their offsets (BLOCK_M,), and the keys n (BLOCK_N,)."""
+    key = _load_offsets(offsets, PAIR and not DIRECT, n, 0, DIRECT)
+    at = (places + query // FLOAT_BYTES)[:, None]
+    if not DIRECT:
+        return tl.load(at - key[None, :] // FLOAT_BYTES + (n[None, :] % 2 if PAIR else 0))
+    if PAIR:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b64 a;
+            cvt.u64.u32 a, $4; sub.s64 a, $2, a;
+            ld.global.nc.v2.f32 {$0, $1}, [a];
+            }""",
+            '=f,=f,l,l,r,r', [at, key[None, :]], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b64 a;
+        cvt.u64.u32 a, $2; sub.s64 a, $1, a;
+        ld.global.nc.f32 $0, [a];
+        }""",
+        '=f,l,r', [at, key[None, :]], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _bias_by_query(places, key, offsets, m, PAIR: tl.constexpr, DIRECT: tl.constexpr):
+    """Bias of keys, given their offsets (BLOCK_N,), and the queries m (BLOCK_M,); transposed."""
+    query = _load_offsets(offsets, PAIR and not DIRECT, m, 1, DIRECT)
+    at = (places - key // FLOAT_BYTES)[:, None]
+    if not DIRECT:
+        return tl.load(at + query[None, :] // FLOAT_BYTES + (m[None, :] % 2 if PAIR else 0))
+    if PAIR:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b64 a;
+            cvt.u64.u32 a, $5; add.s64 a, $2, a;
+            ld.global.nc.v2.f32 {$0, $1}, [a];
+            }""",
+            '=f,=f,l,l,r,r', [at, query[None, :]], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b64 a;
+        cvt.u64.u32 a, $2; add.s64 a, $1, a;
+        ld.global.nc.f32 $0, [a];
+        }""",
+        '=f,l,r', [at, query[None, :]], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _value(table, row, head, S, R, K):
+    """The value of a row of the lengthened table."""
+    source = tl.minimum(tl.maximum(row, 0), R - 1)
     source = tl.where(row >= 2 * S - 1, R - 2, source)
     source = tl.where(row >= 4 * S - 1, R - 3, source)
-    source = tl.where(row >= 5 * S - 1, R - 1, source)
+    source = tl.where(row >= 6 * S - 2, R - 1, source)
     value = tl.load(table + source * K + head).to(tl.float32) * LOG2E
-    padding = ((row >= 3 * S - 1) & (row < 4 * S - 1)) | (row >= 6 * S - 1)
-    tl.store(places + head * 7 * S + row, tl.where(padding, float('-inf'), value), mask=row < 7 * S)
+    padding = ((row >= 3 * S - 1) & (row < 4 * S - 1)) | (row >= 7 * S - 2)
+    return tl.where(padding, float('-inf'), value)
 
 
-@triton.jit(do_not_specialize=['N', 'w', 'magic', 'S'])
+@triton.jit(do_not_specialize=['N', 'w', 'S', 'R', 'V'])
+def table_kernel(
+    table,  # R, K
+    places,  # 2, K, 7*S, 2: log2(e) * bias
+    offsets,  # 2, V: of the keys and of the queries 8 * (2*S + place): in bytes, without a sign
+    N,
+    w,
+    S,
+    R,
+    V,
+    K,
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Lengthens the table, and numbers the places. Grid: (blocks of 7*S or V, K + 1, 2)."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    head = tl.program_id(1)
+    by_query = tl.program_id(2)
+    if head < K:
+        value = _value(table, row, head, S, R, K)
+        before = _value(table, row - 1, head, S, R, K)
+        # [CLS] is the last key: its neighbour is padding
+        last = ((row >= 2 * S - 1) & (row < 4 * S - 1)) | (row >= 6 * S - 2)
+        after = tl.where(last, float('-inf'), before)
+        at = places + ((by_query * K + head) * 7 * S + row) * 2
+        tl.store(at, tl.where(by_query == 1, before, value), mask=row < 7 * S)
+        tl.store(at + 1, tl.where(by_query == 1, value, after), mask=row < 7 * S)
+    else:
+        place = row + (w - 1) * (row // w)
+        if by_query == 1:
+            place = tl.where(row < N - P, place + S - 1, tl.where(row < N, 5 * S - 2, 5 * S - 1))
+        else:
+            place = tl.where(row < N - P, place, tl.where(row < N, -S, -2 * S))
+        place += 2 * S  # so that none is negative
+        tl.store(offsets + by_query * V + row, place * PAIR_BYTES, mask=row < V)
+
+
+@triton.jit(do_not_specialize=['N', 'S', 'V'])
 def forward_kernel(
     qkv,  # B, N, 3, K, D
-    places,  # K, 7*S
+    places,  # 2, K, 7*S, 2
+    offsets,  # 2, V
     out,  # B, N, K, D
     lse,  # B, K, N: log2 of the sum of exp2 of the scores
     scale,
     N,
     K,
-    w,
-    magic,
     S,
+    V,
     stride_b,
     stride_n,
     P: tl.constexpr,
@@ -111,6 +199,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAIR: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
     """One block of queries of one head and image. Grid: (query blocks, K, B)."""
@@ -118,44 +207,44 @@ def forward_kernel(
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     base = qkv + b * stride_b + head * D
-    q = _rows(base, m, stride_n, N, D, BLOCK_D)  # BLOCK_M, D
-    row_bias = places + head * 7 * S + _query_places(m, N, w, magic, S, P)
+    q = _rows(base, m, stride_n, N, P, D, BLOCK_D)  # BLOCK_M, D
+    places += head * 14 * S
+    query = tl.load(offsets + V + m)
     highest = tl.full((BLOCK_M,), float('-inf'), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        bias = _fetch(row_bias[:, None] - _key_places(n, N, w, magic, S, P)[None, :], DIRECT)
-        k = _rows(base + K * D, n, stride_n, N, D, BLOCK_D)  # BLOCK_N, D
+        bias = _bias_by_key(places, query, offsets, n, PAIR, DIRECT)
+        k = _rows(base + K * D, n, stride_n, N, P, D, BLOCK_D)  # BLOCK_N, D
         scores = tl.dot(q, tl.trans(k), input_precision='ieee') * (scale * LOG2E) + bias
         new = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new[:, None])
         shrink = tl.exp2(highest - new)
         total = total * shrink + tl.sum(weights, 1)
-        v = _rows(base + 2 * K * D, n, stride_n, N, D, BLOCK_D)
+        v = _rows(base + 2 * K * D, n, stride_n, N, P, D, BLOCK_D)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision='ieee')
         highest = new
-    d = tl.arange(0, BLOCK_D)
-    at = out + (b * N + m[:, None]) * (K * D) + head * D + d[None, :]
-    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=(m[:, None] < N) & (d[None, :] < D))
+    at_out = out + b * N * K * D + head * D
+    _store_rows(at_out, m, K * D, acc / total[:, None], N, P, D, BLOCK_D)
     tl.store(lse + (b * K + head) * N + m, highest + tl.log2(total), mask=m < N)
 
 
-@triton.jit(do_not_specialize=['N', 'w', 'magic', 'S'])
+@triton.jit(do_not_specialize=['N', 'S', 'V'])
 def grad_q_kernel(
     qkv,  # B, N, 3, K, D
-    places,  # K, 7*S
+    places,  # 2, K, 7*S, 2
+    offsets,  # 2, V
     out,  # B, N, K, D
     grad,  # B, N, K, D
     lse,  # B, K, N
-    delta,  # B, K, N: written, sum over D of out * grad, which the gradient of a softmax subtracts
+    stats,  # B, K, V, 2: written, lse and the sum over D of out * grad, which the gradient of a softmax subtracts
     grad_qkv,  # B, N, 3, K, D contiguous; the part of q is written
     scale,
     N,
     K,
-    w,
-    magic,
     S,
+    V,
     stride_b,
     stride_n,
     P: tl.constexpr,
@@ -163,6 +252,7 @@ def grad_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAIR: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
     """One block of queries. Grid: (query blocks, K, B)."""
@@ -171,44 +261,44 @@ def grad_q_kernel(
     b = tl.program_id(2).to(tl.int64)
     at_b = b * N * K * D + head * D
     base = qkv + b * stride_b + head * D
-    q = _rows(base, m, stride_n, N, D, BLOCK_D)  # BLOCK_M, D
-    do = _rows(grad + at_b, m, K * D, N, D, BLOCK_D)
-    o = _rows(out + at_b, m, K * D, N, D, BLOCK_D)
+    q = _rows(base, m, stride_n, N, P, D, BLOCK_D)  # BLOCK_M, D
+    do = _rows(grad + at_b, m, K * D, N, P, D, BLOCK_D)
+    o = _rows(out + at_b, m, K * D, N, P, D, BLOCK_D)
     subtract = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    at_row = (b * K + head) * N
-    tl.store(delta + at_row + m, subtract, mask=m < N)
-    normal = tl.load(lse + at_row + tl.minimum(m, N - 1))
-    row_bias = places + head * 7 * S + _query_places(m, N, w, magic, S, P)
+    # queries beyond N get the weight exp2(-inf) = 0
+    normal = tl.load(lse + (b * K + head) * N + m, mask=m < N, other=float('inf'))
+    at_stats = stats + ((b * K + head) * V + m) * 2
+    tl.store(at_stats, normal)
+    tl.store(at_stats + 1, subtract)
+    places += head * 14 * S
+    query = tl.load(offsets + V + m)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        bias = _fetch(row_bias[:, None] - _key_places(n, N, w, magic, S, P)[None, :], DIRECT)
-        k = _rows(base + K * D, n, stride_n, N, D, BLOCK_D)  # BLOCK_N, D
+        bias = _bias_by_key(places, query, offsets, n, PAIR, DIRECT)
+        k = _rows(base + K * D, n, stride_n, N, P, D, BLOCK_D)  # BLOCK_N, D
         scores = tl.dot(q, tl.trans(k), input_precision='ieee') * (scale * LOG2E) + bias
         weights = tl.exp2(scores - normal[:, None])
-        v = _rows(base + 2 * K * D, n, stride_n, N, D, BLOCK_D)
+        v = _rows(base + 2 * K * D, n, stride_n, N, P, D, BLOCK_D)
         grad_weights = tl.dot(do, tl.trans(v), input_precision='ieee')
         grad_scores = weights * (grad_weights - subtract[:, None])
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision='ieee')
-    d = tl.arange(0, BLOCK_D)
-    at = grad_qkv + (b * N + m[:, None]) * (3 * K * D) + head * D + d[None, :]
-    tl.store(at, (grad_q * scale).to(grad_qkv.dtype.element_ty), mask=(m[:, None] < N) & (d[None, :] < D))
+    _store_rows(grad_qkv + b * N * 3 * K * D + head * D, m, 3 * K * D, grad_q * scale, N, P, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=['N', 'w', 'magic', 'S'])
+@triton.jit(do_not_specialize=['N', 'S', 'V'])
 def grad_kv_kernel(
     qkv,  # B, N, 3, K, D
-    places,  # K, 7*S
+    places,  # 2, K, 7*S, 2
+    offsets,  # 2, V
     grad,  # B, N, K, D
-    lse,  # B, K, N
-    delta,  # B, K, N
+    stats,  # B, K, V, 2
     grad_qkv,  # B, N, 3, K, D contiguous; the parts of k and v are written
     scale,
     N,
     K,
-    w,
-    magic,
     S,
+    V,
     stride_b,
     stride_n,
     P: tl.constexpr,
@@ -216,6 +306,7 @@ def grad_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAIR: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
     """One block of keys and values. Grid: (key blocks, K, B)."""
@@ -223,50 +314,47 @@ def grad_kv_kernel(
     head = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     base = qkv + b * stride_b + head * D
-    k = _rows(base + K * D, n, stride_n, N, D, BLOCK_D)  # BLOCK_N, D
-    v = _rows(base + 2 * K * D, n, stride_n, N, D, BLOCK_D)
+    k = _rows(base + K * D, n, stride_n, N, P, D, BLOCK_D)  # BLOCK_N, D
+    v = _rows(base + 2 * K * D, n, stride_n, N, P, D, BLOCK_D)
     grad_base = grad + b * N * K * D + head * D
-    at_row = (b * K + head) * N
-    column_bias = places + head * 7 * S - _key_places(n, N, w, magic, S, P)
+    stats += (b * K + head) * V * 2
+    places += head * 14 * S
+    if PAIR:
+        places += K * 14 * S
+    key = tl.load(offsets + n)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        row = at_row + tl.minimum(m, N - 1)
-        bias = _fetch(column_bias[:, None] + _query_places(m, N, w, magic, S, P)[None, :], DIRECT)
-        # queries beyond N get the weight exp2(-inf) = 0
-        normal = tl.where(m < N, _fetch(lse + row, DIRECT), float('inf'))
-        subtract = _fetch(delta + row, DIRECT)
-        q = _rows(base, m, stride_n, N, D, BLOCK_D)  # BLOCK_M, D
+        bias = _bias_by_query(places, key, offsets + V, m, PAIR, DIRECT)
+        normal, subtract = _load_stats(stats, m, DIRECT)
+        q = _rows(base, m, stride_n, N, P, D, BLOCK_D)  # BLOCK_M, D
         scores = tl.dot(k, tl.trans(q), input_precision='ieee') * (scale * LOG2E) + bias  # BLOCK_N, BLOCK_M
         weights = tl.exp2(scores - normal[None, :])
-        do = _rows(grad_base, m, K * D, N, D, BLOCK_D)
+        do = _rows(grad_base, m, K * D, N, P, D, BLOCK_D)
         grad_weights = tl.dot(v, tl.trans(do), input_precision='ieee')
         grad_v = tl.dot(weights.to(do.dtype), do, grad_v, input_precision='ieee')
         grad_scores = weights * (grad_weights - subtract[None, :])
         grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k, input_precision='ieee')
-    d = tl.arange(0, BLOCK_D)
-    inside = (n[:, None] < N) & (d[None, :] < D)
-    at = grad_qkv + (b * N + n[:, None]) * (3 * K * D) + head * D + d[None, :]
-    tl.store(at + K * D, (grad_k * scale).to(grad_qkv.dtype.element_ty), mask=inside)
-    tl.store(at + 2 * K * D, grad_v.to(grad_qkv.dtype.element_ty), mask=inside)
+    at = grad_qkv + b * N * 3 * K * D + head * D
+    _store_rows(at + K * D, n, 3 * K * D, grad_k * scale, N, P, D, BLOCK_D)
+    _store_rows(at + 2 * K * D, n, 3 * K * D, grad_v, N, P, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=['B', 'N', 'w', 'magic', 'S', 'per_split'])
+@triton.jit(do_not_specialize=['B', 'N', 'S', 'V', 'per_split'])
 def grad_bias_kernel(
     qkv,  # B, N, 3, K, D
-    places,  # K, 7*S
+    places,  # 2, K, 7*S, 2
+    offsets,  # 2, V
     grad,  # B, N, K, D
-    lse,  # B, K, N
-    delta,  # B, K, N
+    stats,  # B, K, V, 2
     grad_bias,  # splits of the batch, K, N, N padded
     scale,
     B,
     N,
     K,
-    w,
-    magic,
     S,
+    V,
     stride_b,
     stride_n,
     stride_split,
@@ -278,6 +366,7 @@ def grad_bias_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAIR: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
     """The gradient of one block of the bias, summed over the images. Grid: (key blocks, query blocks, K * splits)."""
@@ -286,23 +375,20 @@ def grad_bias_kernel(
     head = tl.program_id(2) % K
     split = (tl.program_id(2) // K).to(tl.int64)
     first = split * per_split
-    at_m = tl.minimum(m, N - 1)
-    row_bias = places + head * 7 * S + _query_places(m, N, w, magic, S, P)
-    bias = _fetch(row_bias[:, None] - _key_places(n, N, w, magic, S, P)[None, :], DIRECT)
+    bias = _bias_by_key(places + head * 14 * S, tl.load(offsets + V + m), offsets, n, PAIR, DIRECT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for i in range(0, tl.minimum(per_split, B - first)):
         b = first + i
         base = qkv + b * stride_b + head * D
-        grad_base = grad + b * N * K * D + head * D
-        row = (b * K + head) * N + at_m
-        normal = _fetch(lse + row, DIRECT)
-        subtract = _fetch(delta + row, DIRECT)
-        q = _rows(base, m, stride_n, N, D, BLOCK_D)
-        k = _rows(base + K * D, n, stride_n, N, D, BLOCK_D)
+        at_stats = stats + ((b * K + head) * V + m) * 2
+        normal = tl.load(at_stats, mask=m < N, other=float('inf'))
+        subtract = tl.load(at_stats + 1, mask=m < N, other=0.0)
+        q = _rows(base, m, stride_n, N, P, D, BLOCK_D)
+        k = _rows(base + K * D, n, stride_n, N, P, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision='ieee') * (scale * LOG2E) + bias
         weights = tl.exp2(scores - normal[:, None])
-        do = _rows(grad_base, m, K * D, N, D, BLOCK_D)
-        v = _rows(base + 2 * K * D, n, stride_n, N, D, BLOCK_D)
+        do = _rows(grad + b * N * K * D + head * D, m, K * D, N, P, D, BLOCK_D)
+        v = _rows(base + 2 * K * D, n, stride_n, N, P, D, BLOCK_D)
         grad_weights = tl.dot(do, tl.trans(v), input_precision='ieee')
         acc += weights * (grad_weights - subtract[:, None])
     at = grad_bias + split * stride_split + head.to(tl.int64) * stride_head
@@ -310,46 +396,47 @@ def grad_bias_kernel(
     tl.store(at, acc.to(grad_bias.dtype.element_ty), mask=(m[:, None] < N) & (n[None, :] < N))
 
 
-@triton.jit(do_not_specialize=['splits', 'w', 'h'])
-def row_sums_kernel(
+@triton.jit(do_not_specialize=['splits', 'w', 'magic', 'h'])
+def band_sums_kernel(
     grad_bias,  # splits, K, N, N padded
-    sums,  # K, h, h, 2*w - 1: for each row of queries, row of keys and horizontal offset
+    sums,  # K, 2*h - 1, w, w: for each vertical offset, column of queries, column of keys
     splits,
     w,
+    magic,
     h,
     stride_split,
     stride_head,
     stride_row,
-    P: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    VECTOR: tl.constexpr,  # divides w
 ):
-    """Sums along the diagonals of one w x w block. Grid: (h, h, K): row of keys, row of queries, head.
+    """Sums the w x w blocks that are equally far from the diagonal. Grid: (2*h - 1, blocks of w * w, K).
 
-    Query x and offset o meet key x - o: for one query neighbouring offsets are neighbours in memory.
+    ``magic`` is 2**31 / w rounded up, for a division by multiplication.
     """
-    key_row, query_row = tl.program_id(0), tl.program_id(1)
-    head = tl.program_id(2).to(tl.int64)
-    for first in range(0, 2 * w - 1, BLOCK_O):
-        o = first + tl.arange(0, BLOCK_O)  # offset + w - 1
-        acc = tl.zeros((BLOCK_O,), tl.float32)
-        base = grad_bias + head * stride_head
-        for _ in range(0, splits):
-            for start in range(0, w, BLOCK_X):
-                x = start + tl.arange(0, BLOCK_X)
-                key = x[:, None] - (o[None, :] - (w - 1))
-                inside = (x[:, None] < w) & (key >= 0) & (key < w)
-                row = (P + query_row * w + x[:, None]).to(tl.int64) * stride_row
-                value = tl.load(base + row + P + key_row * w + key, mask=inside, other=0.0)
-                acc += tl.sum(value.to(tl.float32), 0)
-            base += stride_split
-        at = ((head * h + query_row) * h + key_row) * (2 * w - 1) + o
-        tl.store(sums + at, acc, mask=o < 2 * w - 1)
+    dy = tl.program_id(0) - (h - 1)
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    x = tl.umulhi(2 * j, magic)
+    at_x = x * stride_row + (j - x * w)
+    at_x = tl.max_contiguous(tl.multiple_of(at_x, VECTOR), VECTOR)
+    base = grad_bias + tl.program_id(2).to(tl.int64) * stride_head
+    acc = tl.zeros((BLOCK_Y, BLOCK_J), tl.float32)
+    first, end = tl.maximum(dy, 0), tl.minimum(h, h + dy)  # rows of queries; that of the keys is dy before
+    for _ in range(0, splits):
+        for start in range(first, end, BLOCK_Y):
+            y = start + tl.arange(0, BLOCK_Y)
+            at_y = (y * w).to(tl.int64) * stride_row + tl.multiple_of((y - dy) * w, VECTOR)
+            inside = (y[:, None] < end) & (j[None, :] < w * w)
+            acc += tl.load(base + at_y[:, None] + at_x[None, :], mask=inside, other=0.0).to(tl.float32)
+        base += stride_split
+    at = sums + (tl.program_id(2) * (2 * h - 1) + tl.program_id(0)) * w * w + j
+    tl.store(at, tl.sum(acc, 0), mask=j < w * w)
 
 
 @triton.jit(do_not_specialize=['splits', 'N', 'w', 'h'])
 def table_sums_kernel(
-    sums,  # K, h, h, 2*w - 1
+    sums,  # K, 2*h - 1, w, w
     grad_bias,  # splits, K, N, N padded
     grad_table,  # R, K
     splits,
@@ -361,43 +448,44 @@ def table_sums_kernel(
     stride_head,
     stride_row,
     P: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums rows of queries and keys that are equally far apart, and the pairs with [CLS].
+    """Sums along the diagonals of the w x w blocks, and the pairs with [CLS].
 
-    Grid: (2*h - 1 and one more for [CLS], blocks of offsets, K).
+    Grid: (2*h - 1 and one more for [CLS], blocks of horizontal offsets, K).
     """
     program = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64)
     width = 2 * w - 1
     if program < 2 * h - 1:
-        dy = program - (h - 1)
         o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
         acc = tl.zeros((BLOCK_O,), tl.float32)
-        for start in range(0, h, BLOCK_Y):
-            y = start + tl.arange(0, BLOCK_Y)
-            key = y[:, None] - dy
-            inside = (y[:, None] < h) & (key >= 0) & (key < h) & (o[None, :] < width)
-            at = ((head * h + y[:, None]) * h + key) * width + o[None, :]
-            acc += tl.sum(tl.load(sums + at, mask=inside, other=0.0), 0)
+        base = sums + (head * (2 * h - 1) + program) * w * w
+        for start in range(0, w, BLOCK_X):
+            x = start + tl.arange(0, BLOCK_X)
+            key = x[:, None] - (o[None, :] - (w - 1))
+            inside = (x[:, None] < w) & (key >= 0) & (key < w)
+            acc += tl.sum(tl.load(base + x[:, None] * w + key, mask=inside, other=0.0), 0)
         at = grad_table + (program * width + o) * K + head
         tl.store(at, acc.to(grad_table.dtype.element_ty), mask=o < width)
     elif tl.program_id(1) == 0:
         row = tl.zeros((BLOCK_N,), tl.float32)
         column = tl.zeros((BLOCK_N,), tl.float32)
-        both = tl.zeros((1,), tl.float32)
+        both = 0.0
         if P:
             base = grad_bias + head * stride_head
+            last = N - 1
             for _ in range(0, splits):
-                both += tl.load(base + tl.arange(0, 1)).to(tl.float32)
-                for start in range(1, N, BLOCK_N):
+                both += tl.load(base + last.to(tl.int64) * stride_row + last).to(tl.float32)
+                for start in range(0, last, BLOCK_N):
                     n = start + tl.arange(0, BLOCK_N)
-                    row += tl.load(base + n, mask=n < N, other=0.0).to(tl.float32)
-                    column += tl.load(base + n.to(tl.int64) * stride_row, mask=n < N, other=0.0).to(tl.float32)
+                    row += tl.load(base + last.to(tl.int64) * stride_row + n, mask=n < last, other=0.0).to(tl.float32)
+                    at = base + n.to(tl.int64) * stride_row + last
+                    column += tl.load(at, mask=n < last, other=0.0).to(tl.float32)
                 base += stride_split
         at = grad_table + (2 * h - 1) * width * K + head
         tl.store(at, tl.sum(row).to(grad_table.dtype.element_ty))
         tl.store(at + K, tl.sum(column).to(grad_table.dtype.element_ty))
-        tl.store(at + 2 * K + tl.arange(0, 1), both.to(grad_table.dtype.element_ty))
+        tl.store(at + 2 * K, (both + tl.zeros((), tl.float32)).to(grad_table.dtype.element_ty))

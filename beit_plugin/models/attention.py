@@ -6,20 +6,33 @@ Parameter names are those of unilm ``beit/modeling_finetune.py`` and timm: ``qkv
 Shapes: B batch, N tokens, C channels, K heads, D head dim.
 """
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernel_support import triton_refusal
+from .kernel_support import is_exporting, triton_by_default, triton_is_interpreted, triton_refusal
 from .relative_position import BiasGeometry, gather_bias, num_relative_distance, table_at
 
-__all__ = ['ATTENTION_BACKENDS', 'Attention', 'AttentionBackend', 'attention', 'eager_attention', 'fused_refusal']
+__all__ = [
+    'ATTENTION_BACKENDS',
+    'Attention',
+    'AttentionBackend',
+    'attention',
+    'attention_dtype',
+    'choose_backend',
+    'eager_attention',
+    'fused_refusal',
+]
 
 AttentionBackend = Literal['auto', 'eager', 'sdpa', 'fused']
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
+HALF = (torch.float16, torch.bfloat16)
 CACHED_BYTES = 64 * 2**20  # largest bias that is kept for the next inference on the CPU: 12 heads at 512 pixels
 # beside the modules, so that it is neither copied nor pickled with them
 _BIAS_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor, Tensor]] = WeakKeyDictionary()
@@ -47,7 +60,7 @@ def eager_attention(
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B, K, N, N
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
-    half = scores.dtype in (torch.float16, torch.bfloat16)
+    half = scores.dtype in HALF
     weights = scores.softmax(-1, dtype=torch.float32 if half else None).to(q.dtype)
     weights = F.dropout(weights, dropout_p)
     if head_mask is not None:
@@ -65,7 +78,9 @@ def attention(
 ) -> Tensor:
     """Softmax(q k^T / sqrt(D) + bias) v by the backend asked for; all but ``eager`` is ``sdpa`` here.
 
-    (The fused kernels read the table instead of a bias; see ``Attention``.)
+    (The fused kernels read the table instead of a bias; see ``Attention``.) In inference PyTorch itself takes cuDNN
+    first where that is fastest and sound, Hopper and Blackwell with cuDNN above 9.15. No order of ours is set: with
+    an older one it would bring back reads out of bounds (pytorch issue 169849), with a newer one change nothing.
 
     Arguments and shapes are those of ``eager_attention``; the result is (B, K, N, D).
     """
@@ -73,7 +88,62 @@ def attention(
         return eager_attention(q, k, v, bias, dropout_p)[0]
     # a bias of another dtype than the query's would be refused, or misread by cuDNN (pytorch issue 191612)
     mask = None if bias is None else bias.to(q.dtype)[None]  # 1, K, N, N
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    careful = mask is not None and _cudnn_would_differentiate(q, mask)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if careful else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+def _cudnn_would_differentiate(q: Tensor, mask: Tensor) -> bool:
+    """Whether PyTorch might take cuDNN where it must not: its gradient of q with a mask can be NaN.
+
+    That happens when N % 128 == 64 (pytorch issue 196678). The size is not looked at: it may be open under a compiler,
+    and with a mask that learns PyTorch never takes cuDNN, so this is about frozen tables only.
+    """
+    needs_gradient = torch.is_grad_enabled() and q.requires_grad and not mask.requires_grad
+    return needs_gradient and q.device.type == 'cuda' and _cudnn_enabled()
+
+
+@torch.compiler.assume_constant_result  # torch.compile takes no function of torch.backends that answers by a bool
+def _cudnn_enabled() -> bool:
+    return torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def choose_backend(
+    layers: Sequence['Attention'], x: Tensor, weights: bool = False
+) -> Literal['eager', 'sdpa', 'fused']:
+    """How the layers of a forward attend, if they have a table: decided here only, and once for all of them.
+
+    ``auto`` is ``fused`` where the kernels are compiled for the GPU and attention computes in half precision: there
+    they were faster than ``sdpa`` at every size from 197 tokens on (3 to 6 times on an H200), with and without
+    gradients and ``torch.compile``. It is ``sdpa`` elsewhere; so in exported programs, which shall run without this
+    package, and for subclasses of tensors, which bring rules for PyTorch's operators only.
+
+    Args:
+        layers: those of the encoder, alike but for their modes.
+        x: tokens (B, N, C) that the first layer gets, for device and dtype.
+        weights: whether attention weights are returned or masked, which only ``eager`` can.
+
+    Raises:
+        ValueError: ``fused`` was asked for and cannot serve.
+    """
+    requested = layers[0].backend if layers else 'sdpa'
+    if requested == 'eager' or weights:
+        return 'eager'
+    if requested == 'fused' or (requested == 'auto' and _fused_is_best(x)):
+        # any layer: some of them may be frozen in eval mode
+        dropout_p = layers[0].attn_drop.p if any(layer.training for layer in layers) else 0.0
+        reason = fused_refusal(x, layers[0].head_dim, dropout_p)
+        if reason is None:
+            return 'fused'
+        if requested == 'fused':
+            raise ValueError(f"attn_backend='fused' cannot serve: {reason}; use attn_backend='auto'")
+    return 'sdpa'
+
+
+def _fused_is_best(x: Tensor) -> bool:
+    """Whether the fused kernels, if they can run, are what ``auto`` means; see ``choose_backend``."""
+    plain = type(x) is Tensor and not is_exporting()
+    return plain and triton_by_default(x.device) and attention_dtype(x) in HALF
 
 
 def fused_refusal(x: Tensor, head_dim: int, dropout_p: float) -> str | None:
@@ -87,13 +157,28 @@ def fused_refusal(x: Tensor, head_dim: int, dropout_p: float) -> str | None:
     refusal = triton_refusal(x.device)
     if refusal is not None:
         return refusal
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f'they compute in float16, bfloat16 or float32, and the tensors are {x.dtype}'
+    dtype = attention_dtype(x)
+    if dtype not in (*HALF, torch.float32):
+        return f'they compute in float16, bfloat16 or float32, and the tensors are {dtype}'
+    if dtype == torch.bfloat16 and triton_is_interpreted():  # it multiplies the bits as integers (Triton 3.8)
+        return "Triton's interpreter cannot multiply bfloat16"
     if head_dim % 16 or head_dim > 128:
         return f'they take head dims that are multiples of 16 up to 128, and this model has {head_dim}'
     if dropout_p:
         return 'they have no dropout of the attention weights'
+    if torch.jit.is_tracing():
+        return 'TorchScript and ONNX cannot hold them'
+    if torch._C._are_functorch_transforms_active():
+        return 'they have no rules for the transforms of torch.func'
     return None
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the projection of tokens of this dtype gives, under autocast too."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype  # autocast leaves float64 alone
+    return torch.get_autocast_dtype(kind)
 
 
 class Attention(nn.Module):
@@ -128,7 +213,7 @@ class Attention(nn.Module):
             raise ValueError(f'embed_dim must be a multiple of num_heads, got {dim} and {num_heads} heads')
         if backend not in ATTENTION_BACKENDS:
             raise ValueError(f'attn_backend must be one of {", ".join(ATTENTION_BACKENDS)}, got {backend!r}')
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, device=device, dtype=dtype)
         self.q_bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if qkv_bias else None
@@ -141,24 +226,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def wants_fused(self, x: Tensor) -> bool:
-        """Whether the fused kernels shall run on tokens of this device and dtype.
-
-        Raises:
-            ValueError: they were asked for and cannot.
-        """
-        if self.backend != 'fused':
-            return False
-        head_dim = self.proj.in_features // self.num_heads
-        reason = fused_refusal(x, head_dim, self.attn_drop.p if self.training else 0.0)
-        if reason is not None:
-            raise ValueError(f"attn_backend='fused' cannot serve: {reason}; use attn_backend='auto'")
-        return True
-
     def _may_cache(self, geometry: BiasGeometry) -> bool:
         """Whether the bias of this forward is the same as in the next: inference on the CPU.
 
-        Elsewhere comparing the table with that of the last forward would wait for the device.
+        Elsewhere it is gathered each time. Comparing the table with that of the last forward would wait for the
+        device; its identity and version do not tell, as they stay the same when a trainer writes through ``.data``.
         """
         table = self.relative_position_bias_table
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or table is None or geometry.index is None:
@@ -166,8 +238,8 @@ class Attention(nn.Module):
         size = table.shape[1] * geometry.index.numel() * table.element_size()
         return table.device.type == 'cpu' and size <= CACHED_BYTES
 
-    def _cached_bias(self, table: Tensor, geometry: BiasGeometry) -> Tensor:
-        """``gather_bias``, done once for each table and grid.
+    def _cached_bias(self, table: Tensor, geometry: BiasGeometry, dtype: torch.dtype | None) -> Tensor:
+        """``gather_bias``, done once for each table, grid and dtype.
 
         The tables are compared by value: trainers swap averaged weights through ``.data``, which no version counter
         sees.
@@ -178,9 +250,10 @@ class Attention(nn.Module):
             or known is None
             or grid != geometry.grid
             or known.dtype != table.dtype
+            or bias.dtype != (dtype or table.dtype)
             or not known.equal(table)
         ):
-            bias = gather_bias(table, geometry)
+            bias = gather_bias(table, geometry, dtype)
             _BIAS_CACHE[self] = geometry.grid, table.detach().clone(), bias
         return bias
 
@@ -209,13 +282,16 @@ class Attention(nn.Module):
         qkv_bias = None
         if self.q_bias is not None and self.v_bias is not None:
             qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # 3*C
-        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, C // self.num_heads)
+        qkv = F.linear(x, self.qkv.weight, qkv_bias).reshape(B, N, 3, self.num_heads, self.head_dim)
 
-        fused = geometry is not None and geometry.index is None
-        bias = shared_bias
-        if self.relative_position_bias_table is not None and geometry is not None:
-            read = table_at if fused else self._cached_bias if self._may_cache(geometry) else gather_bias
-            own = read(self.relative_position_bias_table, geometry)
+        fused = geometry is not None and geometry.index is None and not return_weights and head_mask is None
+        bias, table = shared_bias, self.relative_position_bias_table
+        if table is not None and geometry is not None:
+            if fused:
+                own = table_at(table, geometry)
+            else:
+                read = self._cached_bias if self._may_cache(geometry) else gather_bias
+                own = read(table, geometry, qkv.dtype if bias is None else None)  # a sum is rounded once, at its end
             bias = own if bias is None else own + bias
         if fused and geometry is not None and bias is not None:
             from ..kernels.ops import attend  # not before it is needed: Triton looks for a GPU

@@ -22,7 +22,7 @@ from timm.layers import LayerNorm, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionBackend
+from .attention import AttentionBackend, attention_dtype, choose_backend
 from .block import Block, activation
 from .checks import check_numbers, head_mask_by_layer
 from .embed import BeitPatchEmbed, check_mask
@@ -77,7 +77,7 @@ class Beit(TimmInterface):
         use_fc_norm: normalise after the pooling instead of before; by default for ``avg``.
         patch_norm: LayerNorm after the patch projection.
         rel_pos_resize: how bias tables are read at other sizes: ``geometric`` (official), ``linear``, ``bilinear``.
-        attn_backend: ``auto``, ``eager``, ``sdpa`` or ``fused`` (Triton kernels; see ``attention.fused_refusal``).
+        attn_backend: ``auto``, ``eager``, ``sdpa`` or ``fused`` (Triton kernels); see ``attention.choose_backend``.
 
     Raises:
         ValueError: sizes that do not fit each other, or an unknown option value.
@@ -267,13 +267,14 @@ class Beit(TimmInterface):
     ) -> tuple[BiasGeometry | None, Tensor | None]:
         """How blocks read their tables at an (h, w) grid, and the bias they share: the arguments of ``Attention``.
 
-        ``x`` gives device and dtype; where ``weights`` are returned or masked the fused kernels do not run.
+        ``x`` gives device and dtype; ``weights``: they are returned or masked. Blocks may have been cut out (Identity).
         """
         geometry = None
         if self.use_rel_pos_bias or self.rel_pos_bias is not None:
-            fused = not weights and len(self.blocks) > 0 and cast(Block, self.blocks[0]).attn.wants_fused(x)
-            geometry = bias_geometry(self.window_size, grid, self.rel_pos_resize, x.device, with_index=not fused)
-        return geometry, None if self.rel_pos_bias is None else self.rel_pos_bias(geometry)
+            chosen = choose_backend([cast(Block, b).attn for b in self.blocks if hasattr(b, 'attn')], x, weights)
+            geometry = bias_geometry(self.window_size, grid, self.rel_pos_resize, x.device, chosen != 'fused')
+        dtype = None if self.use_rel_pos_bias else attention_dtype(x)  # once for all layers, if it is added to no other
+        return geometry, None if self.rel_pos_bias is None else self.rel_pos_bias(geometry, dtype)
 
     def run_layers(
         self,

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run on a device."""
+"""Whether the Triton kernels can run on a device, and whether they shall run unasked."""
 
 import os
 from functools import cache
@@ -6,26 +6,50 @@ from importlib.util import find_spec
 
 import torch
 
-__all__ = ['triton_refusal']
+__all__ = ['is_exporting', 'triton_by_default', 'triton_is_interpreted', 'triton_refusal']
 
 
+# a compiler takes the answers of these functions as constants: it cannot trace how Triton and its driver are found
+@torch.compiler.assume_constant_result
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of a device, or None if they can.
 
-    They need a GPU of compute capability 8.0 or later, or Triton's interpreter (``TRITON_INTERPRET=1``), and a Triton
-    that starts: it builds a stub for the driver with the C compiler of the machine.
+    They need an NVIDIA GPU of compute capability 8.0 or later, or Triton's interpreter (``TRITON_INTERPRET=1``), and a
+    Triton that starts: it builds a stub for the driver with the C compiler of the machine.
     """
-    return _refusal(device, os.environ.get('TRITON_INTERPRET') == '1')
+    return _refusal(device, triton_is_interpreted())
+
+
+@torch.compiler.assume_constant_result
+def triton_by_default(device: torch.device) -> bool:
+    """Whether kernels that can run here are also fast: compiled for a GPU. The interpreter is there for tests."""
+    return device.type == 'cuda' and not triton_is_interpreted()
+
+
+@torch.compiler.assume_constant_result
+def triton_is_interpreted() -> bool:
+    """Whether Triton kernels run in Python on the CPU, by ``TRITON_INTERPRET=1``."""
+    return os.environ.get('TRITON_INTERPRET') == '1'
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces. Its programs shall run without this package, so without its operators."""
+    if hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting():
+        return True
+    # torch 2.6 has no such function; there a strict export looks like torch.compile
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 @cache
 def _refusal(device: torch.device, interpreted: bool) -> str | None:
     if find_spec('triton') is None:
         return 'Triton is not installed'
-    if interpreted:
+    if interpreted and device.type in ('cpu', 'cuda'):
         return None
     if device.type != 'cuda' or torch.cuda.get_device_capability(device) < (8, 0):
         return f'they need a GPU of compute capability 8.0 or later, and the tensors are on {device}'
+    if torch.version.hip is not None:
+        return 'they are written for NVIDIA GPUs, and this PyTorch is built for those of AMD'
     from triton.runtime import driver
 
     try:

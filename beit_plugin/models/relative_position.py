@@ -98,13 +98,26 @@ def table_at(table: Tensor, geometry: BiasGeometry) -> Tensor:
     return table if geometry.matrices is None else apply_resize(table, geometry.matrices)
 
 
-def gather_bias(table: Tensor, geometry: BiasGeometry) -> Tensor:
-    """The bias of every pair of tokens: (K, N, N), differentiable in the stored ``table``."""
-    table, index = table_at(table, geometry), geometry.index
+def gather_bias(table: Tensor, geometry: BiasGeometry, dtype: torch.dtype | None = None) -> Tensor:
+    """The bias of every pair of tokens, differentiable in the stored table.
+
+    Args:
+        table: the stored one, ((2h-1)*(2w-1)+3, K).
+        geometry: with an index.
+        dtype: of the bias; by default the table's.
+
+    Returns:
+        (K, N, N), its rows as far apart as those of the index: cast it here, a copy made later would close the gaps.
+    """
+    index, dtype = geometry.index, dtype or table.dtype
     assert index is not None  # whoever asks for the bias has prepared it
+    learns = torch.is_grad_enabled() and table.requires_grad
+    table = table_at(table, geometry)
+    if not learns:  # writes less; a gradient is to be summed over the pairs in the dtype of the table
+        table = table.to(dtype)
     # picking columns of the transposed table gives the heads first without a transpose of the large result
     bias = table.t().contiguous().index_select(1, index.reshape(-1))  # K, N*N
-    return bias.reshape(-1, index.shape[0], index.shape[1])[..., : index.shape[0]]
+    return bias.reshape(-1, index.shape[0], index.shape[1]).to(dtype)[..., : index.shape[0]]
 
 
 class RelativePositionBias(nn.Module):
@@ -127,7 +140,13 @@ class RelativePositionBias(nn.Module):
             torch.zeros(num_relative_distance(window_size), num_heads, device=device, dtype=dtype)
         )
 
-    def forward(self, geometry: BiasGeometry) -> Tensor:
-        """Returns the bias (K, N, N), or where it is not to be gathered the table of the grid ((2h-1)*(2w-1)+3, K)."""
-        read = table_at if geometry.index is None else gather_bias
-        return read(self.relative_position_bias_table, geometry)
+    def forward(self, geometry: BiasGeometry, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns the bias (K, N, N), or where it is not to be gathered the table of the grid ((2h-1)*(2w-1)+3, K).
+
+        Args:
+            geometry: how the table is read; without an index the bias is not gathered.
+            dtype: of the bias; by default the table's.
+        """
+        if geometry.index is None:
+            return table_at(self.relative_position_bias_table, geometry)
+        return gather_bias(self.relative_position_bias_table, geometry, dtype)

@@ -15,22 +15,22 @@ from triton.compiler import ASTSource
 from beit_plugin.kernels import rel_pos_attention as kernels
 from beit_plugin.kernels.ops import _blocks
 
-head_dim = int(sys.argv[1])
+head_dim, capability, memory = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])
 tools = sorted(Path(triton.__file__).parent.rglob('cuobjdump'))
 half = dict.fromkeys(('qkv', 'out', 'grad', 'grad_qkv', 'grad_bias'), '*bf16')
-single = dict.fromkeys(('lse', 'delta', 'table', 'places', 'sums', 'grad_table'), '*fp32')
-types = {**half, **single, 'scale': 'fp32'}
+single = dict.fromkeys(('lse', 'delta', 'table', 'places', 'stats', 'sums', 'grad_table'), '*fp32')
+types = {**half, **single, 'scale': 'fp32', 'offsets': '*i32'}
 aligned = ('stride_b', 'stride_n', 'stride_head', 'stride_row', 'stride_split')
 
-def compile(kernel, num_warps=4, num_stages=2, **constants):
+def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
     names = kernel.arg_names
     signature = {n: 'constexpr' if n in constants else types.get(n, 'i32') for n in names}
     attributes = {
         (i,): [['tt.divisibility', 16]] for i, n in enumerate(names) if signature[n].startswith('*') or n in aligned
     }
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    options = dict(num_warps=num_warps, num_stages=num_stages)
-    made = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=options)
+    options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
+    made = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
     stack = matrix = ''
     if tools:
         with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
@@ -40,23 +40,32 @@ def compile(kernel, num_warps=4, num_stages=2, **constants):
                 subprocess.run([tools[0], option, file.name], capture_output=True, text=True).stdout
                 for option in ('--dump-resource-usage', '--dump-sass')
             )
-        stack, matrix = re.search(r'STACK:(\\d+)', usage)[1], code.count('HGMMA')
-    print(kernel.__name__, made.metadata.shared, stack, matrix, flush=True)
+        stack, matrix = re.search(r'STACK:(\\d+)', usage)[1], code.count('HGMMA' if capability == 90 else 'HMMA')
+    assembly = [line for line in made.asm['ttgir'].splitlines() if 'elementwise_inline_asm' in line]
+    assembly += [''] * ('elementwise_inline_asm' in made.asm['ttgir'] and not assembly)
+    elsewhere = sum('#mma' not in line.rpartition('->')[2] for line in assembly)
+    print(kernel.__name__, made.metadata.shared, stack, matrix, len(assembly), elsewhere, flush=True)
 
-dims = dict(P=1, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=True)
+dims = dict(P=1, PAIR=int(sys.argv[2]), D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=True)
 for kind in ('forward', 'grad_kv', 'grad_q', 'grad_bias'):
-    compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim).options)
-compile(kernels.table_kernel, BLOCK=1024)
-compile(kernels.row_sums_kernel, P=1, BLOCK_X=16, BLOCK_O=128)
-compile(kernels.table_sums_kernel, P=1, BLOCK_Y=32, BLOCK_O=128, BLOCK_N=256)
+    compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim, memory).options)
+compile(kernels.table_kernel, P=1, BLOCK=512)
+compile(kernels.band_sums_kernel, BLOCK_Y=8, BLOCK_J=512, VECTOR=8)
+compile(kernels.table_sums_kernel, P=1, BLOCK_X=16, BLOCK_O=128, BLOCK_N=256)
 """
-SHARED_MEMORY = 227 * 1024  # of a block on Hopper
+MATRIX_KERNELS = ('forward_kernel', 'grad_kv_kernel', 'grad_q_kernel', 'grad_bias_kernel')
 
 
-@pytest.mark.parametrize('head_dim', [64, 80, 128])
-def test_for_hopper(head_dim, tmp_path):
+@pytest.mark.parametrize(
+    ('head_dim', 'pairs', 'capability', 'memory'),
+    [
+        *((d, p, 90, 227 * 1024) for d, p in ((32, 1), (64, 1), (64, 0), (80, 1), (128, 1))),
+        *((d, 1, 80, 99 * 1024) for d in (64, 128)),  # the smallest memory of those GPUs: GeForce of capability 8.6
+    ],
+)
+def test_compiles(head_dim, pairs, capability, memory, tmp_path):
     done = subprocess.run(
-        [sys.executable, '-c', SCRIPT, str(head_dim)],
+        [sys.executable, '-c', SCRIPT, *map(str, (head_dim, pairs, capability, memory))],
         capture_output=True,
         text=True,
         timeout=200,
@@ -67,9 +76,10 @@ def test_for_hopper(head_dim, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(' ') for line in done.stdout.splitlines()]
     assert len(rows) == 7
-    for name, shared, stack, matrix in rows:
-        assert int(shared) <= SHARED_MEMORY, name
+    for name, shared, stack, matrix, assembly, elsewhere in rows:
+        assert int(shared) <= memory, name
+        # threads hold neighbouring columns, on which the assembly relies, in the layout of the matrix units only
+        assert elsewhere == '0' and (int(assembly) > 0) == (name in MATRIX_KERNELS), name
         if stack:
-            assert stack == '0', f'{name} spills registers'
-            in_matrix_units = name in ('forward_kernel', 'grad_kv_kernel', 'grad_q_kernel', 'grad_bias_kernel')
-            assert (int(matrix) > 0) == in_matrix_units, name
+            assert int(stack) <= 16 or capability < 90, f'{name} spills registers'
+            assert (int(matrix) > 0) == (name in MATRIX_KERNELS), name

@@ -5,6 +5,7 @@ import torch
 from helpers import TINY, gradients, images, randomize, relative_error
 
 from beit_plugin import Beit, BeitBackbone
+from beit_plugin.models import attention as module
 from beit_plugin.models import kernel_support
 from beit_plugin.models.attention import fused_refusal
 from beit_plugin.models.mim import BeitV2ForMaskedImageModeling
@@ -13,9 +14,9 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SIZES = {**TINY, 'embed_dim': 32, 'num_heads': 2}  # head dim 16
 
 
-def pair(make, **options):
+def pair(make, backends=('fused', 'eager'), **options):
     models = []
-    for backend in ('fused', 'eager'):
+    for backend in backends:
         models.append(randomize(make(**{**SIZES, **options}, attn_backend=backend)).to(DEVICE))
     return models
 
@@ -43,6 +44,22 @@ def test_outputs_and_gradients(form, size):
     got, expected = gradients(fused), gradients(eager)
     errors = {name: relative_error(got[name], expected[name]) for name in expected}
     assert max(errors.values()) <= 1e-5, max(errors, key=errors.get)
+
+
+@pytest.mark.parametrize('form', ['shared table', 'both'])
+def test_shared_bias_in_mixed_precision(form, monkeypatch):
+    """SDPA's mask is cast once for all layers; where each adds its own bias, the sum is rounded once."""
+    biases, attention = [], module.attention
+    monkeypatch.setattr(module, 'attention', lambda *args: biases.append(args[3]) or attention(*args))
+    (sdpa, eager), x = pair(Beit, ('sdpa', 'eager'), **FORMS[form], num_classes=3), images(48, 80).to(DEVICE)
+    with torch.autocast(DEVICE, torch.float16):
+        sdpa(x).float().square().sum().backward()
+    eager(x).square().sum().backward()
+    half = form == 'shared table'
+    assert {bias.dtype for bias in biases[:4]} == {torch.float16 if half else torch.float32}
+    assert len({id(bias) for bias in biases[:4]}) == (1 if half else 4)
+    name = 'rel_pos_bias.relative_position_bias_table'
+    assert relative_error(gradients(sdpa)[name], gradients(eager)[name]) <= 2e-2  # 11 bits through four blocks
 
 
 def test_weights_and_masks_go_by_the_reference():
