@@ -20,7 +20,7 @@ ALLOWED = {
     'models.block': {'torch', 'timm.layers', 'models', 'kernels'},
     'models.kernel_support': {'torch', 'triton'},
     'models.relative_position': {'torch', 'models.resample'},
-    'models.resample': {'torch'},
+    'models.resample': {'torch', 'models.kernel_support'},
     'kernels': {'torch', 'triton', 'kernels'},
     'tokenizers': {'torch', 'timm.layers', 'models', 'tokenizers', 'checkpoints'},
     'checkpoints': {

@@ -138,7 +138,7 @@ def attention_cases(s: Setting) -> Makers:
 
         def ours(qkv: Tensor, table: Tensor) -> Tensor:
             q, k, v = parts(qkv)
-            return attention(q, k, v, gather_bias(table, geometry), backend=backend).transpose(1, 2)
+            return attention(q, k, v, gather_bias(table, geometry, s.dtype), backend=backend).transpose(1, 2)
 
         return with_table(ours)
 

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import rel_pos_attention
+from .launch import Launcher, runs_eagerly
 
 __all__ = ['attend', 'lengthen_table', 'reduce_to_table']
 
@@ -41,7 +43,8 @@ class Blocks(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        options = {name: getattr(self, name) for name in ('num_warps', 'num_stages', 'maxnreg')}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def _blocks(kind: str, head_dim: int, shared_memory: int = HOPPER_MEMORY) -> Blocks:
@@ -101,10 +104,19 @@ def _magic(w: int) -> int:
     return min(-(-(2**31) // w), 2**31 - 1)
 
 
-def _constants(head_dim: int, prefix: int, w: int) -> dict[str, Any]:
+@cache
+def _launcher(kind: str, head_dim: int, prefix: int, pair: bool, memory: int) -> tuple[Launcher, Blocks]:
+    """Of one of the kernels on the matrix units."""
+    blocks = _blocks(kind, head_dim, memory)
     interpreted = os.environ.get('TRITON_INTERPRET') == '1'  # the interpreter has no assembly
-    block_d = triton.next_power_of_2(head_dim)
-    return dict(P=prefix, D=head_dim, BLOCK_D=block_d, PAIR=w % 2 == 0, DIRECT=not interpreted)
+    constants = dict(P=prefix, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAIR=pair, DIRECT=not interpreted)
+    constants.update(BLOCK_M=blocks.BLOCK_M, BLOCK_N=blocks.BLOCK_N)
+    return Launcher(getattr(kernels, f'{kind}_kernel'), constants, blocks.options), blocks
+
+
+@cache
+def _small_launcher(name: str, **constants: int) -> Launcher:
+    return Launcher(getattr(kernels, name), constants, {})
 
 
 def _padded(tokens: int) -> int:
@@ -130,8 +142,8 @@ def lengthen_table(table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, 
     places = torch.empty(2, heads, 7 * S, 2, dtype=torch.float32, device=table.device)
     offsets = torch.empty(2, V, dtype=torch.int32, device=table.device)
     block = 512
-    kernels.table_kernel[(triton.cdiv(max(7 * S, V), block), heads + 1, 2)](
-        table.contiguous(), places, offsets, N, w, S, rows, V, heads, P=prefix, BLOCK=block
+    _small_launcher('table_kernel', P=prefix, BLOCK=block)(
+        (triton.cdiv(max(7 * S, V), block), heads + 1, 2), table.contiguous(), places, offsets, N, w, S, rows, V, heads
     )
     return places, offsets
 
@@ -154,33 +166,35 @@ def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch
     sums = torch.empty(K, 2 * h - 1, w, w, dtype=torch.float32, device=grad_bias.device)
     vector = min(8, w & -w)  # the largest power of 2 that divides w
     block_j = min(512, triton.next_power_of_2(w * w))
-    kernels.band_sums_kernel[(2 * h - 1, triton.cdiv(w * w, block_j), K)](
-        grad_bias, sums, splits, w, _magic(w), h, *strides,
-        BLOCK_Y=min(8, triton.next_power_of_2(h)), BLOCK_J=block_j, VECTOR=vector,
-    )  # fmt: skip
+    block_y = min(8, triton.next_power_of_2(h))
+    _small_launcher('band_sums_kernel', BLOCK_Y=block_y, BLOCK_J=block_j, VECTOR=vector)(
+        (2 * h - 1, triton.cdiv(w * w, block_j), K), grad_bias, sums, splits, w, _magic(w), h, *strides
+    )
     grad_table = torch.empty((2 * h - 1) * width + 3, K, dtype=dtype, device=grad_bias.device)
     block_o = min(128, triton.next_power_of_2(width))
-    kernels.table_sums_kernel[(2 * h, triton.cdiv(width, block_o), K)](
-        sums, grad_bias, grad_table, splits, N, K, w, h, *strides,
-        P=prefix, BLOCK_X=min(16, triton.next_power_of_2(w)), BLOCK_O=block_o, BLOCK_N=256,
-    )  # fmt: skip
+    block_x = min(16, triton.next_power_of_2(w))
+    _small_launcher('table_sums_kernel', P=prefix, BLOCK_X=block_x, BLOCK_O=block_o, BLOCK_N=256)(
+        (2 * h, triton.cdiv(width, block_o), K), sums, grad_bias, grad_table, splits, N, K, w, h, *strides
+    )
     return grad_table
 
 
-@torch.library.custom_op('beit_plugin::rel_pos_attention', mutates_args=())
-def _forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
+def _run_forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
     qkv = _packed(qkv)
     B, N, K, D = _shapes(qkv)
     out = torch.empty(B, N, K, D, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(B, K, N, dtype=torch.float32, device=qkv.device)
-    blocks = _blocks('forward', D, _shared_memory(qkv.device))
+    launch, blocks = _launcher('forward', D, prefix, w % 2 == 0, _shared_memory(qkv.device))
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         places, offsets = lengthen_table(table, h, w, prefix)
-        kernels.forward_kernel[(triton.cdiv(N, blocks.BLOCK_M), K, B)](
+        launch(
+            (triton.cdiv(N, blocks.BLOCK_M), K, B),
             qkv, places, offsets, out, lse, D**-0.5, N, K, num_places(h, w), offsets.shape[1], *qkv.stride()[:2],
-            **_constants(D, prefix, w), **blocks.options,
         )  # fmt: skip
     return out, lse
+
+
+_forward = torch.library.custom_op('beit_plugin::rel_pos_attention', _run_forward, mutates_args=())
 
 
 @_forward.register_fake
@@ -189,8 +203,7 @@ def _(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, 
     return qkv.new_empty(B, N, K, D), qkv.new_empty(B, K, N, dtype=torch.float32)
 
 
-@torch.library.custom_op('beit_plugin::rel_pos_attention_backward', mutates_args=())
-def _backward(
+def _run_backward(
     grad: Tensor,
     qkv: Tensor,
     table: Tensor,
@@ -205,24 +218,22 @@ def _backward(
     B, N, K, D = _shapes(qkv)
     grad_qkv = torch.empty(B, N, 3, K, D, dtype=qkv.dtype, device=qkv.device)
     stats = torch.empty(B, K, _padded(N), 2, dtype=torch.float32, device=qkv.device)
-    constants = _constants(D, prefix, w)
+    form = (D, prefix, w % 2 == 0, _shared_memory(qkv.device))
     scale = D**-0.5
-    memory = _shared_memory(qkv.device)
     with torch.cuda.device_of(qkv):
         # anew: a lengthened table per layer would add up until the backward pass
         places, offsets = lengthen_table(table, h, w, prefix)
         sizes = (N, K, num_places(h, w), offsets.shape[1], *qkv.stride()[:2])
-        blocks = _blocks('grad_q', D, memory)
-        kernels.grad_q_kernel[(triton.cdiv(N, blocks.BLOCK_M), K, B)](
-            qkv, places, offsets, out, grad, lse, stats, grad_qkv, scale, *sizes, **constants, **blocks.options
-        )
-        blocks = _blocks('grad_kv', D, memory)
-        kernels.grad_kv_kernel[(triton.cdiv(N, blocks.BLOCK_N), K, B)](
-            qkv, places, offsets, grad, stats, grad_qkv, scale, *sizes, **constants, **blocks.options
-        )
+        launch, blocks = _launcher('grad_q', *form)
+        launch(
+            (triton.cdiv(N, blocks.BLOCK_M), K, B),
+            qkv, places, offsets, out, grad, lse, stats, grad_qkv, scale, *sizes,
+        )  # fmt: skip
+        launch, blocks = _launcher('grad_kv', *form)
+        launch((triton.cdiv(N, blocks.BLOCK_N), K, B), qkv, places, offsets, grad, stats, grad_qkv, scale, *sizes)
         if not wants_table:
             return grad_qkv, table.new_empty(0)
-        blocks = _blocks('grad_bias', D, memory)
+        launch, blocks = _launcher('grad_bias', *form)
         tiles = triton.cdiv(N, blocks.BLOCK_N), triton.cdiv(N, blocks.BLOCK_M)
         splits = max(1, min(B, MIN_PROGRAMS // (tiles[0] * tiles[1] * K)))
         per_split = triton.cdiv(B, splits)
@@ -230,11 +241,14 @@ def _backward(
         columns = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
         kept = qkv.dtype if splits == 1 else torch.float32
         grad_bias = torch.empty(splits, K, N, columns, dtype=kept, device=qkv.device)
-        kernels.grad_bias_kernel[(*tiles, K * splits)](
+        launch(
+            (*tiles, K * splits),
             qkv, places, offsets, grad, stats, grad_bias, scale, B, *sizes, *grad_bias.stride()[:3], per_split,
-            **constants, **blocks.options,
         )  # fmt: skip
         return grad_qkv, reduce_to_table(grad_bias, h, w, prefix, table.dtype)
+
+
+_backward = torch.library.custom_op('beit_plugin::rel_pos_attention_backward', _run_backward, mutates_args=())
 
 
 @_backward.register_fake
@@ -258,15 +272,30 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(run: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     wanted = ctx.needs_input_grad[1]
-    grad_qkv, grad_table = _backward(grad, *ctx.saved_tensors, *ctx.grid, wanted)
+    grad_qkv, grad_table = run(grad, *ctx.saved_tensors, *ctx.grid, wanted)
     return grad_qkv, grad_table if wanted else None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(lambda ctx, grad, _: _differentiate(_backward, ctx, grad), setup_context=_save)
+
+
+class _Attend(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _run_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(_run_backward, ctx, grad)
 
 
 def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
@@ -297,4 +326,8 @@ def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -
             f'expected a table of shape ({rows}, {qkv.shape[3]}) for a {h}x{w} grid, got {tuple(table.shape)}; resize '
             'it to the grid first'
         )
-    return _forward(qkv, table, h, w, prefix)[0]
+    if not runs_eagerly(qkv, table):
+        return _forward(qkv, table, h, w, prefix)[0]
+    if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
+        return _Attend.apply(qkv, table, h, w, prefix)
+    return _run_forward(qkv, table, h, w, prefix)[0]

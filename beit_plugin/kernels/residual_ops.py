@@ -5,13 +5,16 @@ One operator, registered in ``torch.library`` as those of ``ops``, serves the th
 Legend: B batch, N tokens, C channels, R = B*N rows.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import residual
+from .launch import Launcher, runs_eagerly
 
 __all__ = ['DTYPES', 'MAX_CHANNELS', 'add_norm', 'layer_norm', 'scaled_add']
 
@@ -53,6 +56,48 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+@cache
+def _launcher(kind: str, channels: int, **constants: Any) -> tuple[Launcher, Tile]:
+    tile = _tile(kind, channels)
+    constants.update(C=channels, BLOCK_R=tile.BLOCK_R, BLOCK_C=tile.BLOCK_C)
+    return Launcher(getattr(kernels, f'{kind}_kernel'), constants, dict(num_warps=tile.num_warps)), tile
+
+
+@cache
+def _sums_launcher(channels: int) -> Launcher:
+    return Launcher(kernels.sums_kernel, dict(C=channels, BLOCK_P=64, BLOCK_C=32), {})
+
+
+def _run_forward(
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The sum (of a y), its norm and the statistics of this (with a weight)."""
+    x = x.contiguous()
+    y, gamma, keep, weight, bias = _dense(y, gamma, keep, weight, bias)
+    C = x.shape[-1]
+    rows, tokens = _rows(x, keep)
+    total = normed = stats = None
+    if y is not None:
+        total = torch.empty_like(x)
+    if weight is not None:
+        normed = torch.empty_like(x, dtype=dtype)
+        stats = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    launch, tile = _launcher('forward', C)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        launch(
+            (triton.cdiv(rows, tile.BLOCK_R), 1, 1),
+            x, y, gamma, keep, weight, bias, total, normed, stats, rows, tokens, eps,
+        )  # fmt: skip
+    return total, normed, stats
+
+
 @torch.library.custom_op('beit_plugin::residual', mutates_args=())
 def _forward(
     x: Tensor,
@@ -64,22 +109,8 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
-    y, gamma, keep, weight, bias = _dense(y, gamma, keep, weight, bias)
-    C = x.shape[-1]
-    rows, tokens = _rows(x, keep)
-    total = normed = stats = None
-    if y is not None:
-        total = torch.empty_like(x)
-    if weight is not None:
-        normed = torch.empty_like(x, dtype=dtype)
-        stats = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    tile = _tile('forward', C)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernels.forward_kernel[(triton.cdiv(rows, tile.BLOCK_R),)](
-            x, y, gamma, keep, weight, bias, total, normed, stats, rows, tokens, eps, C=C, **tile._asdict()
-        )
-    return tuple(_nothing(x) if tensor is None else tensor for tensor in (total, normed, stats))  # type: ignore
+    results = _run_forward(x, y, gamma, keep, weight, bias, eps, dtype)
+    return tuple(_nothing(x) if tensor is None else tensor for tensor in results)  # type: ignore[return-value]
 
 
 @_forward.register_fake
@@ -100,6 +131,45 @@ def _(
     return total, x.new_empty(x.shape, dtype=dtype), stats
 
 
+def _run_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    normalised: Tensor | None,
+    stats: Tensor | None,
+    weight: Tensor | None,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    dtype_x: torch.dtype | None,
+    dtype_y: torch.dtype | None,
+    affine: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y, gamma, weight and bias; each is wanted if its dtype, ``y`` or ``affine`` says so."""
+    grad_total, grad_normed, normalised = _dense(grad_total, grad_normed, normalised)
+    y, gamma, keep, weight = _dense(y, gamma, keep, weight)
+    read = grad_total if grad_normed is None else grad_normed
+    assert read is not None
+    C = read.shape[-1]
+    rows, tokens = _rows(read, keep)
+    grad_x = None if dtype_x is None else torch.empty_like(read, dtype=dtype_x)
+    grad_y = None if dtype_y is None else torch.empty_like(read, dtype=dtype_y)
+    grad_gamma = None if y is None or gamma is None else torch.empty_like(gamma)
+    grad_weight = torch.empty_like(weight) if affine and weight is not None else None
+    grad_bias = torch.empty_like(weight) if affine and weight is not None else None
+    launch, tile = _launcher('backward', C, AFFINE=affine)
+    programs = min(MAX_PROGRAMS, triton.cdiv(rows, tile.BLOCK_R))
+    wanted = (grad_gamma is not None) + 2 * affine
+    partials = torch.empty(3, programs, C, dtype=torch.float32, device=read.device) if wanted else None
+    with torch.cuda.device_of(read):
+        launch(
+            (programs, 1, 1),
+            grad_total, grad_normed, normalised, stats, weight, y, gamma, keep, grad_x, grad_y, partials, rows, tokens,
+        )  # fmt: skip
+        if wanted:
+            _sums_launcher(C)((triton.cdiv(C, 32), wanted, 1), partials, grad_gamma, grad_weight, grad_bias, programs)
+    return grad_x, grad_y, grad_gamma, grad_weight, grad_bias
+
+
 @torch.library.custom_op('beit_plugin::residual_backward', mutates_args=())
 def _backward(
     grad_total: Tensor | None,
@@ -114,32 +184,11 @@ def _backward(
     dtype_y: torch.dtype | None,
     affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, gamma, weight and bias; each is wanted if its dtype, ``y`` or ``affine`` says so."""
-    grad_total, grad_normed, normalised = _dense(grad_total, grad_normed, normalised)
-    y, gamma, keep, weight = _dense(y, gamma, keep, weight)
+    results = _run_backward(
+        grad_total, grad_normed, normalised, stats, weight, y, gamma, keep, dtype_x, dtype_y, affine
+    )
     read = grad_total if grad_normed is None else grad_normed
     assert read is not None
-    C = read.shape[-1]
-    rows, tokens = _rows(read, keep)
-    grad_x = None if dtype_x is None else torch.empty_like(read, dtype=dtype_x)
-    grad_y = None if dtype_y is None else torch.empty_like(read, dtype=dtype_y)
-    grad_gamma = None if y is None or gamma is None else torch.empty_like(gamma)
-    grad_weight = torch.empty_like(weight) if affine and weight is not None else None
-    grad_bias = torch.empty_like(weight) if affine and weight is not None else None
-    tile = _tile('backward', C)
-    programs = min(MAX_PROGRAMS, triton.cdiv(rows, tile.BLOCK_R))
-    wanted = (grad_gamma is not None) + 2 * affine
-    partials = torch.empty(3, programs, C, dtype=torch.float32, device=read.device) if wanted else None
-    with torch.cuda.device_of(read):
-        kernels.backward_kernel[(programs,)](
-            grad_total, grad_normed, normalised, stats, weight, y, gamma, keep, grad_x, grad_y, partials, rows, tokens,
-            AFFINE=affine, C=C, **tile._asdict(),
-        )  # fmt: skip
-        if wanted:
-            kernels.sums_kernel[(triton.cdiv(C, 32), wanted)](
-                partials, grad_gamma, grad_weight, grad_bias, programs, C=C, BLOCK_P=64, BLOCK_C=32
-            )
-    results = (grad_x, grad_y, grad_gamma, grad_weight, grad_bias)
     return tuple(_nothing(read) if tensor is None else tensor for tensor in results)  # type: ignore[return-value]
 
 
@@ -168,7 +217,7 @@ def _(
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     x, y, gamma, keep, weight = inputs[:5]
     total, _, stats = output
     ctx.set_materialize_grads(False)  # the statistics have no gradient, and the last sum of a model may have none
@@ -178,7 +227,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(
-    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, _: Tensor | None
+    run: Any, ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     normalised, stats, weight, y, gamma, keep = ctx.saved_tensors
     wants_x, wants_y, wants_gamma, _, wants_weight, wants_bias = ctx.needs_input_grad[:6]
@@ -197,7 +246,7 @@ def _differentiate(
     writes_y = wants_y and not same
     grad_x, grad_y, grad_gamma, grad_weight, grad_bias = grad_total, None, None, None, None
     if writes_x or writes_y or wants_gamma or affine:
-        found, grad_y, grad_gamma, grad_weight, grad_bias = _backward(
+        found, grad_y, grad_gamma, grad_weight, grad_bias = run(
             grad_total, grad_normed, normalised, stats, weight, y, gamma, keep,
             dtype_x if writes_x else None, dtype_y if writes_y else None, affine,
         )  # fmt: skip
@@ -209,7 +258,34 @@ def _differentiate(
     return (*(grad if wanted else None for grad, wanted in zip(grads, wants, strict=False)), None, None)
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(
+    lambda ctx, grad_total, grad_normed, _: _differentiate(_backward, ctx, grad_total, grad_normed), setup_context=_save
+)
+
+
+class _Residual(torch.autograd.Function):
+    """The operator without PyTorch's dispatcher, and with None for what is not wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, Tensor | None]:
+        output = _run_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0], output[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(_run_backward, ctx, grad_total, grad_normed)
+
+
+def _residual(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The sum and its norm; what is not wanted is nothing that could be used."""
+    tensors = inputs[:6]
+    if not runs_eagerly(*tensors):
+        return _forward(*inputs)[:2]
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return _Residual.apply(*inputs)  # type: ignore[return-value]
+    return _run_forward(*inputs)[:2]  # type: ignore[return-value]
 
 
 def _check(
@@ -244,7 +320,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
         ValueError: shapes that do not fit each other, or another dtype of x.
     """
     _check(x, None, None, None, weight, bias)
-    return _forward(x, None, None, None, weight, bias, eps, dtype or x.dtype)[1]
+    return _residual(x, None, None, None, weight, bias, eps, dtype or x.dtype)[1]
 
 
 def add_norm(
@@ -274,11 +350,10 @@ def add_norm(
         ValueError: as ``layer_norm``.
     """
     _check(x, y, gamma, keep, weight, bias)
-    total, normed, _ = _forward(x, y, gamma, keep, weight, bias, eps, dtype or x.dtype)
-    return total, normed
+    return _residual(x, y, gamma, keep, weight, bias, eps, dtype or x.dtype)
 
 
 def scaled_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
     """The sum of ``add_norm`` alone; arguments and errors are the same."""
     _check(x, y, gamma, keep, None, None)
-    return _forward(x, y, gamma, keep, None, None, 0.0, x.dtype)[0]
+    return _residual(x, y, gamma, keep, None, None, 0.0, x.dtype)[0]

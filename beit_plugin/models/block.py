@@ -12,8 +12,8 @@ from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .attention import Attention, AttentionBackend
-from .kernel_support import triton_refusal
+from .attention import Attention, AttentionBackend, attention_dtype
+from .kernel_support import triton_by_default, triton_refusal
 from .relative_position import BiasGeometry
 
 __all__ = ['Block', 'activation']
@@ -135,7 +135,7 @@ class Block(nn.Module):
         backend = self.attn.backend
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        if backend != 'fused' and not (backend == 'auto' and x.device.type == 'cuda'):
+        if backend != 'fused' and not (backend == 'auto' and triton_by_default(x.device)):
             return False
         if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
             return False
@@ -153,9 +153,7 @@ class Block(nn.Module):
     def _forward_fused(self, x: Tensor, geometry: BiasGeometry | None, shared_bias: Tensor | None) -> Tensor:
         from ..kernels.residual_ops import add_norm, layer_norm, scaled_add
 
-        device = x.device.type
-        # what the linear layers would cast to
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = attention_dtype(x)  # what the linear layers would cast to
         norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
         y, _ = self.attn(layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype), geometry, shared_bias)
         keep = _draw_keep(self.drop_path1, x)

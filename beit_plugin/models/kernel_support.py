@@ -34,9 +34,10 @@ def triton_is_interpreted() -> bool:
 
 def is_exporting() -> bool:
     """Whether ``torch.export`` traces. Its programs shall run without this package, so without its operators."""
-    if hasattr(torch.compiler, 'is_exporting') and torch.compiler.is_exporting():
-        return True
-    # torch 2.6 has no such function; there a strict export looks like torch.compile
+    # the flag, for torch.compile of torch 2.11 takes torch.compiler.is_exporting() for true
+    if hasattr(torch.compiler, '_is_exporting_flag'):
+        return torch.compiler._is_exporting_flag
+    # torch 2.6 has neither; there a strict export looks like torch.compile
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernel_support import is_exporting
+
 __all__ = ['RESIZE_RULES', 'ResizeRule', 'resize_abs_pos_embed', 'resize_matrices', 'resize_rel_pos_bias_table']
 
 ResizeRule = Literal['geometric', 'linear', 'bilinear']
@@ -154,9 +156,7 @@ def resize_matrices(
     """
     dtype = torch.float32 if device.type == 'mps' else torch.float64
     traced_by_dynamo = torch.compiler.is_dynamo_compiling()
-    exporting = torch.compiler.is_compiling() and not traced_by_dynamo
-    if hasattr(torch.compiler, 'is_exporting'):  # torch 2.6 does not tell a strict export from torch.compile
-        exporting = exporting or torch.compiler.is_exporting()
+    exporting = is_exporting()
     # comparing a size that an export leaves open would tie the program to the answer
     symbolic = exporting and (isinstance(new[0], torch.SymInt) or isinstance(new[1], torch.SymInt))
     if not symbolic and tuple(old) == tuple(new):

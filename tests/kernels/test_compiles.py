@@ -48,7 +48,7 @@ def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
 
 dims = dict(P=1, PAIR=int(sys.argv[2]), D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=True)
 for kind in ('forward', 'grad_kv', 'grad_q', 'grad_bias'):
-    compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim, memory).options)
+    compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim, memory)._asdict())
 compile(kernels.table_kernel, P=1, BLOCK=512)
 compile(kernels.band_sums_kernel, BLOCK_Y=8, BLOCK_J=512, VECTOR=8)
 compile(kernels.table_sums_kernel, P=1, BLOCK_X=16, BLOCK_O=128, BLOCK_N=256)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_plugin.kernels.ops import attend, lengthen_table, reduce_to_table
 from beit_plugin.models.attention import eager_attention
@@ -112,6 +113,25 @@ def test_the_same_bits_twice():
     arguments = inputs(grid, 4, 2, 32, dtype)
     first, second = ours(*arguments, grid), ours(*arguments, grid)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_operator_and_the_direct_way():
+    """A dispatch mode, which wants to see operators, gets them; results and gradients are the same bits."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    seen = set()
+    arguments = inputs((3, 4), 2, 2, 32, torch.float32)
+    expected = ours(*arguments, (3, 4))
+    with Watch():
+        got = ours(*arguments, (3, 4))
+    assert {'beit_plugin::rel_pos_attention', 'beit_plugin::rel_pos_attention_backward'} <= seen
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    with torch.no_grad():
+        assert torch.equal(attend(*arguments[:2], (3, 4)), expected[0])
 
 
 def test_every_element_is_written(monkeypatch):

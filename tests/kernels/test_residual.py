@@ -3,6 +3,7 @@
 The interpreter rounds to bfloat16 towards zero, unlike a GPU, so on the CPU half precision is float16.
 """
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from helpers import gradients, randomize, relative_error
 from timm.layers import DropPath, drop_path
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from beit_plugin.kernels import residual_ops
 from beit_plugin.kernels.residual_ops import add_norm, layer_norm, scaled_add
@@ -271,15 +273,38 @@ def blocks(**options):
     return [randomize(block).to(DEVICE).train() for block in made]
 
 
+def test_the_operator_and_the_direct_way():
+    """A dispatch mode, which wants to see operators, gets them; results and gradients are the same bits."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    seen = set()
+    x, y, gamma, keep, weight, bias, grads = inputs((2, 9, 48)).values()
+    found = []
+    for mode in (nullcontext(), Watch()):
+        leaves = [t.detach().requires_grad_() for t in (x, y, gamma, weight, bias)]
+        with mode:
+            total, normed = add_norm(*leaves[:3], keep, *leaves[3:], EPS)
+            torch.autograd.backward((total, normed), grads)
+        with torch.no_grad(), mode:
+            alone = [layer_norm(x, weight, bias, EPS), scaled_add(x, y, gamma, keep)]
+        found.append([total, normed, *alone, *(leaf.grad for leaf in leaves)])
+    assert {'beit_plugin::residual', 'beit_plugin::residual_backward'} <= seen
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def fused_calls(monkeypatch):
     calls = []
-    forward = residual_ops._forward
+    forward = residual_ops._residual
 
     def counted(*args):
         calls.append(args)
         return forward(*args)
 
-    monkeypatch.setattr(residual_ops, '_forward', counted)
+    monkeypatch.setattr(residual_ops, '_residual', counted)
     return calls
 
 

@@ -1,0 +1,64 @@
+"""Less work for the CPU around a Triton kernel, where a small model waits for the CPU.
+
+Triton's launch looks at every argument, constant and option (about 15 us), and an operator of ``torch.library`` passes
+through PyTorch's dispatcher in Python (about 30 us). Here a launch that has been made before goes to the compiled
+kernel directly, and ``runs_eagerly`` tells where a plain ``torch.autograd.Function`` serves as well as the operator.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ['Launcher', 'runs_eagerly']
+
+MAX_INT32 = 2**31 - 1
+
+
+def runs_eagerly(*tensors: Tensor | None) -> bool:
+    """Whether nothing watches the operators that run: no compiler, no dispatch mode, no transform, no subclass."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton compiles a kernel for: dtype and alignment of tensors, divisibility and range of integers."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, argument > MAX_INT32
+    return type(argument)
+
+
+class Launcher:
+    """A kernel with constants and options, which differ from those of other launchers of the same kernel.
+
+    Args:
+        kernel: made by ``triton.jit``; the constants come last in its signature.
+        constants: its ``tl.constexpr`` arguments.
+        options: num_warps and the like.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, int]) -> None:
+        self.kernel = kernel
+        self.keywords = {**constants, **options}
+        self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.compiled: dict[Any, Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launches on the current device.
+
+        Args:
+            grid: programs along the three axes.
+            arguments: all that are not constants, in the order of the signature.
+        """
+        key = (torch.cuda.current_device() if torch.cuda.is_initialized() else None, *map(_kind, arguments))
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            # None comes from the interpreter, which compiles nothing
+            self.compiled[key] = self.kernel[grid](*arguments, **self.keywords)
+        else:
+            compiled[grid](*arguments, *self.values)
