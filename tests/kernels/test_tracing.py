@@ -242,5 +242,7 @@ def test_two_processes(kind, tmp_path):
     # without a GPU for each, both work on the CPU
     env = {**os.environ, 'TRITON_INTERPRET': '0' if torch.cuda.device_count() >= 2 else '1'}
     done = subprocess.run([*command, str(script), kind], capture_output=True, text=True, timeout=200, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
+    # torch 2.14 now and then aborts at the end of a process, with gloo's threads
+    ended = 'terminate called without an active exception' in done.stderr
+    assert done.returncode == 0 or ended, done.stderr[-2000:]
     assert done.stdout.count('done') == 2
