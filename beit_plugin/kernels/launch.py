@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Launcher', 'runs_eagerly']
+__all__ = ['Launcher', 'ceil_div', 'power_of_2', 'runs_eagerly']
 
 MAX_INT32 = 2**31 - 1
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up (``triton.cdiv`` looks for constants of kernels first, and takes 5 us)."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest that is no less than n, as ``triton.next_power_of_2``."""
+    return 1 << (n - 1).bit_length()
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
@@ -26,11 +36,12 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
 
 def _kind(argument: Any) -> Any:
     """What Triton compiles a kernel for: dtype and alignment of tensors, divisibility and range of integers."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
+    kind = type(argument)
+    if kind is int:
         return argument % 16 == 0, argument == 1, argument > MAX_INT32
-    return type(argument)
+    if kind is float or argument is None:
+        return kind
+    return argument.dtype, argument.data_ptr() % 16 == 0
 
 
 class Launcher:

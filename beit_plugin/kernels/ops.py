@@ -11,12 +11,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import rel_pos_attention
-from .launch import Launcher, runs_eagerly
+from .launch import Launcher, ceil_div, power_of_2, runs_eagerly
 
 __all__ = ['attend', 'lengthen_table', 'reduce_to_table']
 
@@ -109,7 +108,7 @@ def _launcher(kind: str, head_dim: int, prefix: int, pair: bool, memory: int) ->
     """Of one of the kernels on the matrix units."""
     blocks = _blocks(kind, head_dim, memory)
     interpreted = os.environ.get('TRITON_INTERPRET') == '1'  # the interpreter has no assembly
-    constants = dict(P=prefix, D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), PAIR=pair, DIRECT=not interpreted)
+    constants = dict(P=prefix, D=head_dim, BLOCK_D=power_of_2(head_dim), PAIR=pair, DIRECT=not interpreted)
     constants.update(BLOCK_M=blocks.BLOCK_M, BLOCK_N=blocks.BLOCK_N)
     return Launcher(getattr(kernels, f'{kind}_kernel'), constants, blocks.options), blocks
 
@@ -121,7 +120,7 @@ def _small_launcher(name: str, **constants: int) -> Launcher:
 
 def _padded(tokens: int) -> int:
     """V."""
-    return triton.cdiv(tokens, LARGEST_BLOCK) * LARGEST_BLOCK
+    return ceil_div(tokens, LARGEST_BLOCK) * LARGEST_BLOCK
 
 
 def lengthen_table(table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +142,7 @@ def lengthen_table(table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, 
     offsets = torch.empty(2, V, dtype=torch.int32, device=table.device)
     block = 512
     _small_launcher('table_kernel', P=prefix, BLOCK=block)(
-        (triton.cdiv(max(7 * S, V), block), heads + 1, 2), table.contiguous(), places, offsets, N, w, S, rows, V, heads
+        (ceil_div(max(7 * S, V), block), heads + 1, 2), table.contiguous(), places, offsets, N, w, S, rows, V, heads
     )
     return places, offsets
 
@@ -165,16 +164,16 @@ def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch
     strides = grad_bias.stride()[:3]
     sums = torch.empty(K, 2 * h - 1, w, w, dtype=torch.float32, device=grad_bias.device)
     vector = min(8, w & -w)  # the largest power of 2 that divides w
-    block_j = min(512, triton.next_power_of_2(w * w))
-    block_y = min(8, triton.next_power_of_2(h))
+    block_j = min(512, power_of_2(w * w))
+    block_y = min(8, power_of_2(h))
     _small_launcher('band_sums_kernel', BLOCK_Y=block_y, BLOCK_J=block_j, VECTOR=vector)(
-        (2 * h - 1, triton.cdiv(w * w, block_j), K), grad_bias, sums, splits, w, _magic(w), h, *strides
+        (2 * h - 1, ceil_div(w * w, block_j), K), grad_bias, sums, splits, w, _magic(w), h, *strides
     )
     grad_table = torch.empty((2 * h - 1) * width + 3, K, dtype=dtype, device=grad_bias.device)
-    block_o = min(128, triton.next_power_of_2(width))
-    block_x = min(16, triton.next_power_of_2(w))
+    block_o = min(128, power_of_2(width))
+    block_x = min(16, power_of_2(w))
     _small_launcher('table_sums_kernel', P=prefix, BLOCK_X=block_x, BLOCK_O=block_o, BLOCK_N=256)(
-        (2 * h, triton.cdiv(width, block_o), K), sums, grad_bias, grad_table, splits, N, K, w, h, *strides
+        (2 * h, ceil_div(width, block_o), K), sums, grad_bias, grad_table, splits, N, K, w, h, *strides
     )
     return grad_table
 
@@ -188,7 +187,7 @@ def _run_forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tup
     with torch.cuda.device_of(qkv):  # Triton launches on the current device
         places, offsets = lengthen_table(table, h, w, prefix)
         launch(
-            (triton.cdiv(N, blocks.BLOCK_M), K, B),
+            (ceil_div(N, blocks.BLOCK_M), K, B),
             qkv, places, offsets, out, lse, D**-0.5, N, K, num_places(h, w), offsets.shape[1], *qkv.stride()[:2],
         )  # fmt: skip
     return out, lse
@@ -226,19 +225,19 @@ def _run_backward(
         sizes = (N, K, num_places(h, w), offsets.shape[1], *qkv.stride()[:2])
         launch, blocks = _launcher('grad_q', *form)
         launch(
-            (triton.cdiv(N, blocks.BLOCK_M), K, B),
+            (ceil_div(N, blocks.BLOCK_M), K, B),
             qkv, places, offsets, out, grad, lse, stats, grad_qkv, scale, *sizes,
         )  # fmt: skip
         launch, blocks = _launcher('grad_kv', *form)
-        launch((triton.cdiv(N, blocks.BLOCK_N), K, B), qkv, places, offsets, grad, stats, grad_qkv, scale, *sizes)
+        launch((ceil_div(N, blocks.BLOCK_N), K, B), qkv, places, offsets, grad, stats, grad_qkv, scale, *sizes)
         if not wants_table:
             return grad_qkv, table.new_empty(0)
         launch, blocks = _launcher('grad_bias', *form)
-        tiles = triton.cdiv(N, blocks.BLOCK_N), triton.cdiv(N, blocks.BLOCK_M)
+        tiles = ceil_div(N, blocks.BLOCK_N), ceil_div(N, blocks.BLOCK_M)
         splits = max(1, min(B, MIN_PROGRAMS // (tiles[0] * tiles[1] * K)))
-        per_split = triton.cdiv(B, splits)
-        splits = triton.cdiv(B, per_split)
-        columns = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
+        per_split = ceil_div(B, splits)
+        splits = ceil_div(B, per_split)
+        columns = ceil_div(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
         kept = qkv.dtype if splits == 1 else torch.float32
         grad_bias = torch.empty(splits, K, N, columns, dtype=kept, device=qkv.device)
         launch(

@@ -9,12 +9,11 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import residual
-from .launch import Launcher, runs_eagerly
+from .launch import Launcher, ceil_div, power_of_2, runs_eagerly
 
 __all__ = ['DTYPES', 'MAX_CHANNELS', 'add_norm', 'layer_norm', 'scaled_add']
 
@@ -36,7 +35,7 @@ class Tile(NamedTuple):
 
 def _tile(kind: str, channels: int) -> Tile:
     """Whole rows; a thread has 16 elements in the forward pass, 8 beside the sums of the backward pass."""
-    block_c = triton.next_power_of_2(channels)
+    block_c = power_of_2(channels)
     elements = {'forward': 2048, 'backward': 1024}[kind]
     return Tile(max(1, elements // block_c), block_c, min(16, max(4, block_c // 256)))
 
@@ -92,7 +91,7 @@ def _run_forward(
     launch, tile = _launcher('forward', C)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         launch(
-            (triton.cdiv(rows, tile.BLOCK_R), 1, 1),
+            (ceil_div(rows, tile.BLOCK_R), 1, 1),
             x, y, gamma, keep, weight, bias, total, normed, stats, rows, tokens, eps,
         )  # fmt: skip
     return total, normed, stats
@@ -157,7 +156,7 @@ def _run_backward(
     grad_weight = torch.empty_like(weight) if affine and weight is not None else None
     grad_bias = torch.empty_like(weight) if affine and weight is not None else None
     launch, tile = _launcher('backward', C, AFFINE=affine)
-    programs = min(MAX_PROGRAMS, triton.cdiv(rows, tile.BLOCK_R))
+    programs = min(MAX_PROGRAMS, ceil_div(rows, tile.BLOCK_R))
     wanted = (grad_gamma is not None) + 2 * affine
     partials = torch.empty(3, programs, C, dtype=torch.float32, device=read.device) if wanted else None
     with torch.cuda.device_of(read):
@@ -166,7 +165,7 @@ def _run_backward(
             grad_total, grad_normed, normalised, stats, weight, y, gamma, keep, grad_x, grad_y, partials, rows, tokens,
         )  # fmt: skip
         if wanted:
-            _sums_launcher(C)((triton.cdiv(C, 32), wanted, 1), partials, grad_gamma, grad_weight, grad_bias, programs)
+            _sums_launcher(C)((ceil_div(C, 32), wanted, 1), partials, grad_gamma, grad_weight, grad_bias, programs)
     return grad_x, grad_y, grad_gamma, grad_weight, grad_bias
 
 
