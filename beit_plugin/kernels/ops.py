@@ -164,8 +164,8 @@ def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch
     strides = grad_bias.stride()[:3]
     sums = torch.empty(K, 2 * h - 1, w, w, dtype=torch.float32, device=grad_bias.device)
     vector = min(8, w & -w)  # the largest power of 2 that divides w
-    block_j = min(512, power_of_2(w * w))
-    block_y = min(8, power_of_2(h))
+    block_j = min(1024, power_of_2(w * w))
+    block_y = min(4, power_of_2(h))
     _small_launcher('band_sums_kernel', BLOCK_Y=block_y, BLOCK_J=block_j, VECTOR=vector)(
         (2 * h - 1, ceil_div(w * w, block_j), K), grad_bias, sums, splits, w, _magic(w), h, *strides
     )

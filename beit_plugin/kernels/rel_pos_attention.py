@@ -426,15 +426,16 @@ def band_sums_kernel(
     base = grad_bias + tl.program_id(2).to(tl.int64) * stride_head
     acc = tl.zeros((BLOCK_Y, BLOCK_J), tl.float32)
     first, end = tl.maximum(dy, 0), tl.minimum(h, h + dy)  # rows of queries; that of the keys is dy before
+    in_j = j < tl.multiple_of(w * w, VECTOR)
     for _ in range(0, splits):
         for start in range(first, end, BLOCK_Y):
             y = start + tl.arange(0, BLOCK_Y)
             at_y = (y * w).to(tl.int64) * stride_row + tl.multiple_of((y - dy) * w, VECTOR)
-            inside = (y[:, None] < end) & (j[None, :] < w * w)
+            inside = (y[:, None] < end) & in_j[None, :]
             acc += tl.load(base + at_y[:, None] + at_x[None, :], mask=inside, other=0.0).to(tl.float32)
         base += stride_split
     at = sums + (tl.program_id(2) * (2 * h - 1) + tl.program_id(0)) * w * w + j
-    tl.store(at, tl.sum(acc, 0), mask=j < w * w)
+    tl.store(at, tl.sum(acc, 0), mask=in_j)
 
 
 @triton.jit(do_not_specialize=['splits', 'N', 'w', 'h'])

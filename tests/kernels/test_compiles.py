@@ -31,7 +31,7 @@ def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     made = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
-    stack = matrix = ''
+    stack = matrix = wide = ''
     if tools:
         with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
             file.write(made.asm['cubin'])
@@ -41,16 +41,16 @@ def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
                 for option in ('--dump-resource-usage', '--dump-sass')
             )
         stack, matrix = re.search(r'STACK:(\\d+)', usage)[1], code.count('HGMMA' if capability == 90 else 'HMMA')
+        wide = code.count('LDG.E.128')
     assembly = [line for line in made.asm['ttgir'].splitlines() if 'elementwise_inline_asm' in line]
-    assembly += [''] * ('elementwise_inline_asm' in made.asm['ttgir'] and not assembly)
     elsewhere = sum('#mma' not in line.rpartition('->')[2] for line in assembly)
-    print(kernel.__name__, made.metadata.shared, stack, matrix, len(assembly), elsewhere, flush=True)
+    print(kernel.__name__, made.metadata.shared, stack, matrix, len(assembly), elsewhere, wide, flush=True)
 
 dims = dict(P=1, PAIR=int(sys.argv[2]), D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=True)
 for kind in ('forward', 'grad_kv', 'grad_q', 'grad_bias'):
     compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim, memory)._asdict())
 compile(kernels.table_kernel, P=1, BLOCK=512)
-compile(kernels.band_sums_kernel, BLOCK_Y=8, BLOCK_J=512, VECTOR=8)
+compile(kernels.band_sums_kernel, BLOCK_Y=4, BLOCK_J=1024, VECTOR=8)
 compile(kernels.table_sums_kernel, P=1, BLOCK_X=16, BLOCK_O=128, BLOCK_N=256)
 """
 MATRIX_KERNELS = ('forward_kernel', 'grad_kv_kernel', 'grad_q_kernel', 'grad_bias_kernel')
@@ -76,10 +76,11 @@ def test_compiles(head_dim, pairs, capability, memory, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(' ') for line in done.stdout.splitlines()]
     assert len(rows) == 7
-    for name, shared, stack, matrix, assembly, elsewhere in rows:
+    for name, shared, stack, matrix, assembly, elsewhere, wide in rows:
         assert int(shared) <= memory, name
         # threads hold neighbouring columns, on which the assembly relies, in the layout of the matrix units only
         assert elsewhere == '0' and (int(assembly) > 0) == (name in MATRIX_KERNELS), name
         if stack:
             assert int(stack) <= 16 or capability < 90, f'{name} spills registers'
             assert (int(matrix) > 0) == (name in MATRIX_KERNELS), name
+            assert name != 'band_sums_kernel' or int(wide) > 0, 'it loads one element at a time'
