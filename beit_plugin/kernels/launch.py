@@ -8,11 +8,14 @@ kernel directly, and ``runs_eagerly`` tells where a plain ``torch.autograd.Funct
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor, nn
 
 __all__ = ['Launcher', 'ceil_div', 'power_of_2', 'runs_eagerly']
 
 MAX_INT32 = 2**31 - 1
+# compiled kernels of Triton 3.2, that of torch 2.6, are launched without the constants
+REUSES_COMPILED = tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 3)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -69,7 +72,7 @@ class Launcher:
         key = (torch.cuda.current_device() if torch.cuda.is_initialized() else None, *map(_kind, arguments))
         compiled = self.compiled.get(key)
         if compiled is None:
-            # None comes from the interpreter, which compiles nothing
-            self.compiled[key] = self.kernel[grid](*arguments, **self.keywords)
+            made = self.kernel[grid](*arguments, **self.keywords)
+            self.compiled[key] = made if REUSES_COMPILED else None  # the interpreter, too, makes None
         else:
             compiled[grid](*arguments, *self.values)
