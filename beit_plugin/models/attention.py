@@ -113,10 +113,11 @@ def choose_backend(
 ) -> Literal['eager', 'sdpa', 'fused']:
     """How the layers of a forward attend, if they have a table: decided here only, and once for all of them.
 
-    ``auto`` is ``fused`` where the kernels are compiled for the GPU and attention computes in half precision: there
-    they were faster than ``sdpa`` at every size from 197 tokens on (3 to 6 times on an H200), with and without
-    gradients and ``torch.compile``. It is ``sdpa`` elsewhere; so in exported programs, which shall run without this
-    package, and for subclasses of tensors, which bring rules for PyTorch's operators only.
+    ``auto`` is ``fused`` where the kernels are compiled for the GPU and attention computes in half precision: on an
+    H200 attention alone was 1.2 to 3.4 times as fast as ``sdpa`` forward and 2.6 to 5.5 times with gradients, from 197
+    tokens on (docs/benchmarks.md; a model that waits for the CPU, one image at a time, mostly gains nothing). It is
+    ``sdpa`` elsewhere; so in exported programs, which shall run without this package, and for subclasses of tensors,
+    which bring rules for PyTorch's operators only.
 
     Args:
         layers: those of the encoder, alike but for their modes.
