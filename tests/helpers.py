@@ -30,10 +30,11 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference over largest expected value."""
+    """Largest difference over largest expected value; infinite for NaN, which ``max`` and ``<`` would overlook."""
     assert got.shape == expected.shape, (got.shape, expected.shape)
     got, expected = got.detach().double(), expected.detach().double()
-    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    error = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    return float('inf') if error != error else error
 
 
 def weighted_sum(*outputs: Tensor) -> Tensor:

@@ -29,12 +29,19 @@ def power_of_2(n: int) -> int:
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
-    """Whether nothing watches the operators that run: no compiler, no dispatch mode, no transform, no subclass."""
+    """Whether nothing watches the operators that run: no compiler, no dispatch mode, no transform, no subclass.
+
+    Nor may a tensor be other than its memory says: batched gradients have none, negated views another sign.
+    """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    return all(t is None or type(t) is Tensor or type(t) is nn.Parameter for t in tensors)
+    return all(t is None or _is_plain(t) for t in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor) and not tensor.is_neg()
 
 
 def _kind(argument: Any) -> Any:

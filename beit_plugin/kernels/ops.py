@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import rel_pos_attention
-from .launch import Launcher, ceil_div, power_of_2, runs_eagerly
+from .launch import MAX_INT32, Launcher, ceil_div, power_of_2, runs_eagerly
 
 __all__ = ['attend', 'lengthen_table', 'reduce_to_table']
 
@@ -24,6 +23,7 @@ kernels: Any = rel_pos_attention  # a kernel is called by grid and options that 
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200: with fewer blocks the batch is split among more programs
 HOPPER_MEMORY = 227 * 1024  # bytes of shared memory that a program may have on an H100 or H200
 LARGEST_BLOCK = 128  # tokens; what the kernels read of all tokens is padded to a multiple of it
+MAX_WIDTH = 1290  # to this the division of w * w numbers by a multiplication is exact
 ROW_ALIGNMENT = 64  # elements to which rows of the gradient of the bias are padded
 
 
@@ -95,7 +95,9 @@ def _shapes(qkv: Tensor) -> tuple[int, int, int, int]:
 def _packed(qkv: Tensor) -> Tensor:
     """The projection with q, k, v, heads and head dim dense for each token; a view of it usually is."""
     K, D = qkv.shape[3:]
-    return qkv if qkv.stride()[2:] == (K * D, D, 1) else qkv.contiguous()
+    dense = qkv.stride()[2:] == (K * D, D, 1)
+    # the kernels reckon in 32 bits within an image
+    return qkv if dense and qkv.shape[1] * qkv.stride(1) <= MAX_INT32 else qkv.contiguous()
 
 
 def _magic(w: int) -> int:
@@ -179,6 +181,8 @@ def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch
 
 
 def _run_forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
+    if w > MAX_WIDTH:  # not in attend: there it would bind a size that an export leaves open
+        raise ValueError(f'expected a grid of a width up to {MAX_WIDTH}, got {h}x{w}')
     qkv = _packed(qkv)
     B, N, K, D = _shapes(qkv)
     out = torch.empty(B, N, K, D, dtype=qkv.dtype, device=qkv.device)
@@ -235,8 +239,8 @@ def _run_backward(
         launch, blocks = _launcher('grad_bias', *form)
         tiles = ceil_div(N, blocks.BLOCK_N), ceil_div(N, blocks.BLOCK_M)
         splits = max(1, min(B, MIN_PROGRAMS // (tiles[0] * tiles[1] * K)))
-        per_split = ceil_div(B, splits)
-        splits = ceil_div(B, per_split)
+        per_split = max(1, ceil_div(B, splits))
+        splits = max(1, ceil_div(B, per_split))
         columns = ceil_div(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
         kept = qkv.dtype if splits == 1 else torch.float32
         grad_bias = torch.empty(splits, K, N, columns, dtype=kept, device=qkv.device)
@@ -271,15 +275,17 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(run: Any, ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(run: Any, ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     wanted = ctx.needs_input_grad[1]
-    grad_qkv, grad_table = run(grad, *ctx.saved_tensors, *ctx.grid, wanted)
+    grad_qkv, grad_table = run(grad, *saved, *ctx.grid, wanted)
     return grad_qkv, grad_table if wanted else None, None, None, None
 
 
-_forward.register_autograd(lambda ctx, grad, _: _differentiate(_backward, ctx, grad), setup_context=_save)
+_forward.register_autograd(
+    lambda ctx, grad, _: _differentiate(_backward, ctx, ctx.saved_tensors, grad), setup_context=_save
+)
 
 
 class _Attend(torch.autograd.Function):
@@ -292,9 +298,11 @@ class _Attend(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _differentiate(_run_backward, ctx, grad)
+        # with gradients of gradients wanted the operator says that it has none
+        saved = ctx.saved_tensors  # once: under checkpointing they are given out once
+        direct = not torch.is_grad_enabled() and runs_eagerly(grad, *saved)
+        return _differentiate(_run_backward if direct else _backward, ctx, saved, grad)
 
 
 def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
@@ -314,6 +322,8 @@ def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -
         ValueError: shapes that do not fit each other.
     """
     h, w = grid
+    if min(h, w) < 1:
+        raise ValueError(f'expected a grid of at least 1x1, got {h}x{w}')
     if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[1] != prefix + h * w or prefix not in (0, 1):
         raise ValueError(
             f'expected qkv of shape (B, {prefix + h * w}, 3, heads, head dim) for a {h}x{w} grid with {prefix} [CLS] '

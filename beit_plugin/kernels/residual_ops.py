@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import residual
 from .launch import Launcher, ceil_div, power_of_2, runs_eagerly
@@ -226,9 +225,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
 
 
 def _differentiate(
-    run: Any, ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None
+    run: Any, ctx: Any, saved: tuple[Any, ...], grad_total: Tensor | None, grad_normed: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    normalised, stats, weight, y, gamma, keep = ctx.saved_tensors
+    normalised, stats, weight, y, gamma, keep = saved
     wants_x, wants_y, wants_gamma, _, wants_weight, wants_bias = ctx.needs_input_grad[:6]
     dtype_x, dtype_y = ctx.dtypes
     if dtype_y is None:
@@ -258,7 +257,8 @@ def _differentiate(
 
 
 _forward.register_autograd(
-    lambda ctx, grad_total, grad_normed, _: _differentiate(_backward, ctx, grad_total, grad_normed), setup_context=_save
+    lambda ctx, grad_total, grad_normed, _: _differentiate(_backward, ctx, ctx.saved_tensors, grad_total, grad_normed),
+    setup_context=_save,
 )
 
 
@@ -272,9 +272,11 @@ class _Residual(torch.autograd.Function):
         return output[0], output[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _differentiate(_run_backward, ctx, grad_total, grad_normed)
+        # with gradients of gradients wanted the operator says that it has none
+        saved = ctx.saved_tensors  # once: under checkpointing they are given out once
+        direct = not torch.is_grad_enabled() and runs_eagerly(grad_total, grad_normed, *saved)
+        return _differentiate(_run_backward if direct else _backward, ctx, saved, grad_total, grad_normed)
 
 
 def _residual(*inputs: Any) -> tuple[Tensor, Tensor]:

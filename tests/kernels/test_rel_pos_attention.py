@@ -134,6 +134,39 @@ def test_the_operator_and_the_direct_way():
         assert torch.equal(attend(*arguments[:2], (3, 4)), expected[0])
 
 
+def test_no_images():
+    _, table, _ = inputs((3, 5), 1, 2, 32, torch.float32)
+    qkv = torch.zeros(0, 16, 3, 2, 32, device=DEVICE, requires_grad=True)
+    out = attend(qkv, table.requires_grad_(), (3, 5))
+    out.sum().backward()
+    assert out.shape == (0, 16, 2, 32) and qkv.grad.shape == qkv.shape and not table.grad.any()
+
+
+def test_gradients_of_gradients_are_refused():
+    qkv, table, _ = inputs((3, 4), 2, 2, 32, torch.float32)
+    qkv.requires_grad_()
+    (grad,) = torch.autograd.grad(attend(qkv, table, (3, 4)).sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.square().sum().backward()
+
+
+def test_batched_gradients():
+    qkv, table, _ = inputs((3, 4), 1, 2, 32, torch.float32)
+    out = attend(qkv.requires_grad_(), table, (3, 4))
+    grads = torch.randn(2, *out.shape, device=DEVICE)
+    (got,) = torch.autograd.grad(out, qkv, grads, is_grads_batched=True, retain_graph=True)
+    expected = torch.stack([torch.autograd.grad(out, qkv, grad, retain_graph=True)[0] for grad in grads])
+    assert relative_error(got, expected) <= 1e-6
+
+
+@pytest.mark.parametrize(('grid', 'sentence'), [((0, 1), 'of at least 1x1'), ((1, 1302), 'of a width up to 1290')])
+def test_grids_out_of_range(grid, sentence):
+    qkv = torch.zeros(1, 1 + grid[0] * grid[1], 3, 2, 16, device=DEVICE)
+    table = torch.zeros(max(1, 2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=f'expected a grid {sentence}'):
+        attend(qkv, table, grid)
+
+
 def test_every_element_is_written(monkeypatch):
     """New memory is filled with NaN first."""
     grid = (4, 7)
