@@ -2,16 +2,17 @@
 
 Triton's launch looks at every argument, constant and option (about 15 us), and an operator of ``torch.library`` passes
 through PyTorch's dispatcher in Python (about 30 us). Here a launch that has been made before goes to the compiled
-kernel directly, and ``runs_eagerly`` tells where a plain ``torch.autograd.Function`` serves as well as the operator.
+kernel directly, and ``make_call`` takes a plain ``torch.autograd.Function`` for the operator where that serves as well.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor, nn
 
-__all__ = ['Launcher', 'ceil_div', 'power_of_2', 'runs_eagerly']
+__all__ = ['MAX_INT32', 'Launcher', 'ceil_div', 'make_call', 'power_of_2']
 
 MAX_INT32 = 2**31 - 1
 # compiled kernels of Triton 3.2, that of torch 2.6, are launched without the constants
@@ -28,7 +29,7 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def runs_eagerly(*tensors: Tensor | None) -> bool:
+def _runs_eagerly(tensors: Iterable[Tensor]) -> bool:
     """Whether nothing watches the operators that run: no compiler, no dispatch mode, no transform, no subclass.
 
     Nor may a tensor be other than its memory says: batched gradients have none, negated views another sign.
@@ -37,11 +38,61 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    return all(t is None or _is_plain(t) for t in tensors)
+    return all(map(_is_plain, tensors))
 
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor) and not tensor.is_neg()
+
+
+def make_call(
+    forward: Callable[..., Any],
+    run_forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    run_backward: Callable[..., Any],
+    save: Callable[..., None],
+    differentiate: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Any, ...]]:
+    """A differentiable function that is an operator where something watches operators, and else runs directly.
+
+    Args:
+        forward, backward: the operators, of ``torch.library.custom_op``; forward's derivative is registered here.
+        run_forward, run_backward: what they run; may give None for a result that is not wanted.
+        save: of (ctx, inputs, outputs): keeps what the derivative needs.
+        differentiate: of (backward, ctx, saved tensors, gradients of the outputs): gradients of the inputs.
+
+    Returns:
+        A function of forward's arguments that gives its outputs.
+    """
+
+    def derivative(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return differentiate(backward, ctx, ctx.saved_tensors, *grads)
+
+    forward.register_autograd(derivative, setup_context=save)  # type: ignore[attr-defined]
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+            outputs = run_forward(*inputs)
+            save(ctx, inputs, outputs)
+            return outputs
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors  # once: under checkpointing they are given out once
+            # with gradients of gradients wanted the operator says that it has none
+            direct = not torch.is_grad_enabled() and _runs_eagerly(t for t in (*grads, *saved) if t is not None)
+            return differentiate(run_backward if direct else backward, ctx, saved, *grads)
+
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
+        if not _runs_eagerly(tensors):
+            return forward(*inputs)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return Direct.apply(*inputs)  # type: ignore[return-value]
+        return run_forward(*inputs)
+
+    return call
 
 
 def _kind(argument: Any) -> Any:

@@ -6,15 +6,15 @@ The operators are registered in ``torch.library`` with shapes for tracing and wi
 Legend: B batch, N tokens, K heads, D head dim, h w grid, R rows of the table, P [CLS] tokens (0 or 1).
 """
 
-import os
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from . import rel_pos_attention
-from .launch import MAX_INT32, Launcher, ceil_div, power_of_2, runs_eagerly
+from .launch import MAX_INT32, Launcher, ceil_div, make_call, power_of_2
 
 __all__ = ['attend', 'lengthen_table', 'reduce_to_table']
 
@@ -102,17 +102,18 @@ def _packed(qkv: Tensor) -> Tensor:
 
 def _magic(w: int) -> int:
     """2**31 / w rounded up, to divide by w with a multiplication; a little less for w = 1, which divides only 0."""
-    return min(-(-(2**31) // w), 2**31 - 1)
+    return min(ceil_div(2**31, w), MAX_INT32)
 
 
 @cache
 def _launcher(kind: str, head_dim: int, prefix: int, pair: bool, memory: int) -> tuple[Launcher, Blocks]:
     """Of one of the kernels on the matrix units."""
     blocks = _blocks(kind, head_dim, memory)
-    interpreted = os.environ.get('TRITON_INTERPRET') == '1'  # the interpreter has no assembly
-    constants = dict(P=prefix, D=head_dim, BLOCK_D=power_of_2(head_dim), PAIR=pair, DIRECT=not interpreted)
+    kernel = getattr(kernels, f'{kind}_kernel')
+    direct = isinstance(kernel, triton.JITFunction)  # else it is interpreted, without assembly
+    constants = dict(P=prefix, D=head_dim, BLOCK_D=power_of_2(head_dim), PAIR=pair, DIRECT=direct)
     constants.update(BLOCK_M=blocks.BLOCK_M, BLOCK_N=blocks.BLOCK_N)
-    return Launcher(getattr(kernels, f'{kind}_kernel'), constants, blocks.options), blocks
+    return Launcher(kernel, constants, blocks.options), blocks
 
 
 @cache
@@ -275,7 +276,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(run: Any, ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    run: Any, ctx: Any, saved: tuple[Tensor, ...], grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 5
     wanted = ctx.needs_input_grad[1]
@@ -283,26 +286,7 @@ def _differentiate(run: Any, ctx: Any, saved: tuple[Tensor, ...], grad: Tensor |
     return grad_qkv, grad_table if wanted else None, None, None, None
 
 
-_forward.register_autograd(
-    lambda ctx, grad, _: _differentiate(_backward, ctx, ctx.saved_tensors, grad), setup_context=_save
-)
-
-
-class _Attend(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = _run_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        # with gradients of gradients wanted the operator says that it has none
-        saved = ctx.saved_tensors  # once: under checkpointing they are given out once
-        direct = not torch.is_grad_enabled() and runs_eagerly(grad, *saved)
-        return _differentiate(_run_backward if direct else _backward, ctx, saved, grad)
+_attend = make_call(_forward, _run_forward, _backward, _run_backward, _save, _differentiate)
 
 
 def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
@@ -335,8 +319,4 @@ def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -
             f'expected a table of shape ({rows}, {qkv.shape[3]}) for a {h}x{w} grid, got {tuple(table.shape)}; resize '
             'it to the grid first'
         )
-    if not runs_eagerly(qkv, table):
-        return _forward(qkv, table, h, w, prefix)[0]
-    if torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad):
-        return _Attend.apply(qkv, table, h, w, prefix)
-    return _run_forward(qkv, table, h, w, prefix)[0]
+    return _attend(qkv, table, h, w, prefix)[0]

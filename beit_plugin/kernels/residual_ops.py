@@ -5,6 +5,7 @@ One operator, registered in ``torch.library`` as those of ``ops``, serves the th
 Legend: B batch, N tokens, C channels, R = B*N rows.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import residual
-from .launch import Launcher, ceil_div, power_of_2, runs_eagerly
+from .launch import Launcher, ceil_div, make_call, power_of_2
 
 __all__ = ['DTYPES', 'MAX_CHANNELS', 'add_norm', 'layer_norm', 'scaled_add']
 
@@ -96,31 +97,27 @@ def _run_forward(
     return total, normed, stats
 
 
-@torch.library.custom_op('beit_plugin::residual', mutates_args=())
-def _forward(
-    x: Tensor,
-    y: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = _run_forward(x, y, gamma, keep, weight, bias, eps, dtype)
-    return tuple(_nothing(x) if tensor is None else tensor for tensor in results)  # type: ignore[return-value]
+def _operator(name: str, run: Callable[..., tuple[Tensor | None, ...]], schema: str) -> Any:
+    """In ``torch.library``; in the place of a None, which no operator returns, a tensor without elements."""
+
+    def filled(*inputs: Any) -> tuple[Tensor, ...]:
+        like = next(tensor for tensor in inputs if tensor is not None)
+        return tuple(_nothing(like) if tensor is None else tensor for tensor in run(*inputs))
+
+    return torch.library.custom_op(f'beit_plugin::{name}', filled, mutates_args=(), schema=schema)
+
+
+_forward = _operator(
+    'residual',
+    _run_forward,
+    '(Tensor x, Tensor? y, Tensor? gamma, Tensor? keep, Tensor? weight, Tensor? bias, float eps, ScalarType dtype)'
+    ' -> (Tensor, Tensor, Tensor)',
+)
 
 
 @_forward.register_fake
 def _(
-    x: Tensor,
-    y: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    x: Tensor, y: Tensor | None, gamma: Any, keep: Any, weight: Tensor | None, bias: Any, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = _nothing(x) if y is None else x.new_empty(x.shape)
     if weight is None:
@@ -168,38 +165,25 @@ def _run_backward(
     return grad_x, grad_y, grad_gamma, grad_weight, grad_bias
 
 
-@torch.library.custom_op('beit_plugin::residual_backward', mutates_args=())
-def _backward(
-    grad_total: Tensor | None,
-    grad_normed: Tensor | None,
-    normalised: Tensor | None,
-    stats: Tensor | None,
-    weight: Tensor | None,
-    y: Tensor | None,
-    gamma: Tensor | None,
-    keep: Tensor | None,
-    dtype_x: torch.dtype | None,
-    dtype_y: torch.dtype | None,
-    affine: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    results = _run_backward(
-        grad_total, grad_normed, normalised, stats, weight, y, gamma, keep, dtype_x, dtype_y, affine
-    )
-    read = grad_total if grad_normed is None else grad_normed
-    assert read is not None
-    return tuple(_nothing(read) if tensor is None else tensor for tensor in results)  # type: ignore[return-value]
+_backward = _operator(
+    'residual_backward',
+    _run_backward,
+    '(Tensor? grad_total, Tensor? grad_normed, Tensor? normalised, Tensor? stats, Tensor? weight, Tensor? y, '
+    'Tensor? gamma, Tensor? keep, ScalarType? dtype_x, ScalarType? dtype_y, bool affine)'
+    ' -> (Tensor, Tensor, Tensor, Tensor, Tensor)',
+)
 
 
 @_backward.register_fake
 def _(
     grad_total: Tensor | None,
     grad_normed: Tensor | None,
-    normalised: Tensor | None,
-    stats: Tensor | None,
+    normalised: Any,
+    stats: Any,
     weight: Tensor | None,
     y: Tensor | None,
     gamma: Tensor | None,
-    keep: Tensor | None,
+    keep: Any,
     dtype_x: torch.dtype | None,
     dtype_y: torch.dtype | None,
     affine: bool,
@@ -225,7 +209,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) 
 
 
 def _differentiate(
-    run: Any, ctx: Any, saved: tuple[Any, ...], grad_total: Tensor | None, grad_normed: Tensor | None
+    run: Any,
+    ctx: Any,
+    saved: tuple[Any, ...],
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    _: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     normalised, stats, weight, y, gamma, keep = saved
     wants_x, wants_y, wants_gamma, _, wants_weight, wants_bias = ctx.needs_input_grad[:6]
@@ -256,37 +245,8 @@ def _differentiate(
     return (*(grad if wanted else None for grad, wanted in zip(grads, wants, strict=False)), None, None)
 
 
-_forward.register_autograd(
-    lambda ctx, grad_total, grad_normed, _: _differentiate(_backward, ctx, ctx.saved_tensors, grad_total, grad_normed),
-    setup_context=_save,
-)
-
-
-class _Residual(torch.autograd.Function):
-    """The operator without PyTorch's dispatcher, and with None for what is not wanted."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor | None, Tensor | None]:
-        output = _run_forward(*inputs)
-        _save(ctx, inputs, output)
-        return output[0], output[1]
-
-    @staticmethod
-    def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        # with gradients of gradients wanted the operator says that it has none
-        saved = ctx.saved_tensors  # once: under checkpointing they are given out once
-        direct = not torch.is_grad_enabled() and runs_eagerly(grad_total, grad_normed, *saved)
-        return _differentiate(_run_backward if direct else _backward, ctx, saved, grad_total, grad_normed)
-
-
-def _residual(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The sum and its norm; what is not wanted is nothing that could be used."""
-    tensors = inputs[:6]
-    if not runs_eagerly(*tensors):
-        return _forward(*inputs)[:2]
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return _Residual.apply(*inputs)  # type: ignore[return-value]
-    return _run_forward(*inputs)[:2]  # type: ignore[return-value]
+# the sum, its norm and the statistics; what is not wanted of them is nothing that could be used
+_residual = make_call(_forward, _run_forward, _backward, _run_backward, _save, _differentiate)
 
 
 def _check(
@@ -351,7 +311,8 @@ def add_norm(
         ValueError: as ``layer_norm``.
     """
     _check(x, y, gamma, keep, weight, bias)
-    return _residual(x, y, gamma, keep, weight, bias, eps, dtype or x.dtype)
+    total, normed, _ = _residual(x, y, gamma, keep, weight, bias, eps, dtype or x.dtype)
+    return total, normed
 
 
 def scaled_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
