@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-__all__ = ['MAX_INT32', 'Launcher', 'ceil_div', 'make_call', 'power_of_2']
+__all__ = ['DTYPES', 'MAX_INT32', 'Launcher', 'ceil_div', 'make_call', 'power_of_2']
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels read
 MAX_INT32 = 2**31 - 1
 # compiled kernels of Triton 3.2, that of torch 2.6, are launched without the constants
 REUSES_COMPILED = tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 3)
@@ -86,6 +88,9 @@ def make_call(
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
+        # PyTorch itself would leave the tangents out without a word
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError('the Triton kernels have no forward-mode derivative, and an input has a tangent')
         if not _runs_eagerly(tensors):
             return forward(*inputs)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):

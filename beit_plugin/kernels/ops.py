@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import rel_pos_attention
-from .launch import MAX_INT32, Launcher, ceil_div, make_call, power_of_2
+from .launch import DTYPES, MAX_INT32, Launcher, ceil_div, make_call, power_of_2
 
-__all__ = ['attend', 'lengthen_table', 'reduce_to_table']
+__all__ = ['DTYPES', 'HEAD_DIMS', 'attend', 'lengthen_table', 'reduce_to_table']
 
 kernels: Any = rel_pos_attention  # a kernel is called by grid and options that its signature does not show
 
+HEAD_DIMS = range(16, 129, 16)
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200: with fewer blocks the batch is split among more programs
 HOPPER_MEMORY = 227 * 1024  # bytes of shared memory that a program may have on an H100 or H200
 LARGEST_BLOCK = 128  # tokens; what the kernels read of all tokens is padded to a multiple of it
@@ -286,6 +288,19 @@ def _differentiate(
     return grad_qkv, grad_table if wanted else None, None, None, None
 
 
+@register_flop_formula(torch.ops.beit_plugin.rel_pos_attention)
+def _forward_flops(qkv_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """As PyTorch counts its own attention: two matrix products."""
+    B, N, _, K, D = qkv_shape
+    return 2 * 2 * B * K * N * N * D
+
+
+@register_flop_formula(torch.ops.beit_plugin.rel_pos_attention_backward)
+def _backward_flops(grad_shape: tuple[int, ...], qkv_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """As PyTorch counts its own: the five products that are needed, however often they are computed."""
+    return _forward_flops(qkv_shape) * 5 // 2
+
+
 _attend = make_call(_forward, _run_forward, _backward, _run_backward, _save, _differentiate)
 
 
@@ -293,8 +308,8 @@ def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -
     """softmax(q k^T / sqrt(D) + bias) v with the bias of each pair of tokens read from a table.
 
     Args:
-        qkv: (B, N, 3, K, D), N = prefix + h*w: the fused projection; float16, bfloat16 or float32.
-        table: (R, K) with R = (2h-1)*(2w-1)+3, of any floating dtype; the table of this grid.
+        qkv: (B, N, 3, K, D), N = prefix + h*w: the fused projection; one of ``DTYPES``, D one of ``HEAD_DIMS``.
+        table: (R, K) with R = (2h-1)*(2w-1)+3, of any floating dtype; the table of this grid, finite.
         grid: (h, w).
         prefix: number of [CLS] tokens, 1 or 0.
 
@@ -303,7 +318,7 @@ def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -
         bit, in every run.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, another dtype or head dim.
     """
     h, w = grid
     if min(h, w) < 1:
@@ -312,6 +327,11 @@ def attend(qkv: Tensor, table: Tensor, grid: tuple[int, int], prefix: int = 1) -
         raise ValueError(
             f'expected qkv of shape (B, {prefix + h * w}, 3, heads, head dim) for a {h}x{w} grid with {prefix} [CLS] '
             f'tokens, got {tuple(qkv.shape)}'
+        )
+    if qkv.dtype not in DTYPES or qkv.shape[4] not in HEAD_DIMS:
+        raise ValueError(
+            'expected qkv in float16, bfloat16 or float32 with a head dim that is a multiple of 16 up to 128, got '
+            f'{qkv.dtype} and a head dim of {qkv.shape[4]}'
         )
     rows = (2 * h - 1) * (2 * w - 1) + 3
     if tuple(table.shape) != (rows, qkv.shape[3]):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=('R', 'N'))
 def forward_kernel(
     x,  # R, C
     y,  # R, C; None: nothing is added
@@ -59,7 +59,7 @@ def forward_kernel(
         tl.store(stats + R + row, rstd, mask=in_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=('R', 'N'))
 def backward_kernel(
     grad_total,  # R, C; None: 0
     grad_normed,  # R, C; None: no norm

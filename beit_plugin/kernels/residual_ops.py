@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from . import residual
-from .launch import Launcher, ceil_div, make_call, power_of_2
+from .launch import DTYPES, Launcher, ceil_div, make_call, power_of_2
 
 __all__ = ['DTYPES', 'MAX_CHANNELS', 'add_norm', 'layer_norm', 'scaled_add']
 
 kernels: Any = residual  # a kernel is called by grid and options that its signature does not show
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS = 4096  # a program holds whole rows in registers
 # four for each multiprocessor of an H100 or H200; the same on every GPU, so that sums are in the same order
 MAX_PROGRAMS = 528

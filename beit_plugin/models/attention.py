@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernel_support import is_exporting, triton_by_default, triton_is_interpreted, triton_refusal
+from .kernel_support import is_exporting, needs_transforms, triton_by_default, triton_is_interpreted, triton_refusal
 from .relative_position import BiasGeometry, gather_bias, num_relative_distance, table_at
 
 __all__ = [
@@ -165,12 +165,16 @@ def fused_refusal(x: Tensor, head_dim: int, dropout_p: float) -> str | None:
         return "Triton's interpreter cannot multiply bfloat16"
     if head_dim % 16 or head_dim > 128:
         return f'they take head dims that are multiples of 16 up to 128, and this model has {head_dim}'
+    if dtype == torch.float32 and head_dim > 64 and x.device.type == 'cuda':
+        memory = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin >> 10
+        if memory < 160:
+            return f'in float32 with head dims above 64 they need 160 KiB of shared memory, and this GPU has {memory}'
     if dropout_p:
         return 'they have no dropout of the attention weights'
     if torch.jit.is_tracing():
         return 'TorchScript and ONNX cannot hold them'
-    if torch._C._are_functorch_transforms_active():
-        return 'they have no rules for the transforms of torch.func'
+    if needs_transforms():
+        return 'they have no rules for the transforms of torch.func and no forward-mode derivative'
     return None
 
 

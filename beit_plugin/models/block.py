@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .attention import Attention, AttentionBackend, attention_dtype
-from .kernel_support import triton_by_default, triton_refusal
+from .kernel_support import needs_transforms, triton_by_default, triton_refusal
 from .relative_position import BiasGeometry
 
 __all__ = ['Block', 'activation']
@@ -58,6 +58,13 @@ def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     # accelerate replaces forward in the instance
     return type(module) in classes and 'forward' not in vars(module) and not any(hooks)
+
+
+def _is_plain_norm(module: nn.Module, channels: int) -> bool:
+    if not _is_plain(module, nn.LayerNorm, LayerNorm):
+        return False
+    norm = cast(nn.LayerNorm, module)
+    return tuple(norm.normalized_shape) == (channels,) and norm.bias is not None
 
 
 def _draw_keep(drop_path: nn.Module, x: Tensor) -> Tensor | None:
@@ -132,15 +139,15 @@ class Block(nn.Module):
         A compiler fuses them by itself. A module that does more than its class says, by hooks or another forward, is
         called as it is.
         """
-        backend = self.attn.backend
+        backend = getattr(self.attn, 'backend', None)  # it may be wrapped
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         if backend != 'fused' and not (backend == 'auto' and triton_by_default(x.device)):
             return False
-        if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+        if type(x) is not Tensor or needs_transforms():
             return False
         plain = (
-            all(_is_plain(norm, nn.LayerNorm, LayerNorm) and norm.bias is not None for norm in (self.norm1, self.norm2))
+            all(_is_plain_norm(norm, x.shape[-1]) for norm in (self.norm1, self.norm2))
             and all(_is_plain(drop_path, nn.Identity, DropPath) for drop_path in (self.drop_path1, self.drop_path2))
             and not _has_any_global_hook()
         )

@@ -5,8 +5,9 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ['is_exporting', 'triton_by_default', 'triton_is_interpreted', 'triton_refusal']
+__all__ = ['is_exporting', 'needs_transforms', 'triton_by_default', 'triton_is_interpreted', 'triton_refusal']
 
 
 # a compiler takes the answers of these functions as constants: it cannot trace how Triton and its driver are found
@@ -29,7 +30,7 @@ def triton_by_default(device: torch.device) -> bool:
 @torch.compiler.assume_constant_result
 def triton_is_interpreted() -> bool:
     """Whether Triton kernels run in Python on the CPU, by ``TRITON_INTERPRET=1``."""
-    return os.environ.get('TRITON_INTERPRET') == '1'
+    return os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')  # the words of Triton
 
 
 def is_exporting() -> bool:
@@ -39,6 +40,11 @@ def is_exporting() -> bool:
         return torch.compiler._is_exporting_flag
     # torch 2.6 has neither; there a strict export looks like torch.compile
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def needs_transforms() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is at work; the kernels have no rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @cache

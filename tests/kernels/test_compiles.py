@@ -15,12 +15,17 @@ from triton.compiler import ASTSource
 from beit_plugin.kernels import rel_pos_attention as kernels
 from beit_plugin.kernels.ops import _blocks
 
-head_dim, capability, memory = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4])
+head_dim, capability, memory, dtype = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 tools = sorted(Path(triton.__file__).parent.rglob('cuobjdump'))
-half = dict.fromkeys(('qkv', 'out', 'grad', 'grad_qkv', 'grad_bias'), '*bf16')
+half = dict.fromkeys(('qkv', 'out', 'grad', 'grad_qkv', 'grad_bias'), f'*{dtype}')
 single = dict.fromkeys(('lse', 'delta', 'table', 'places', 'stats', 'sums', 'grad_table'), '*fp32')
 types = {**half, **single, 'scale': 'fp32', 'offsets': '*i32'}
 aligned = ('stride_b', 'stride_n', 'stride_head', 'stride_row', 'stride_split')
+
+# layouts in which two elements that follow each other in a thread are neighbours in a row
+NEIGHBOURS = (
+    r'nvidia_mma|linear<.register = \\[\\[0, 1\\]|blocked<.sizePerThread = \\[\\d+, (2|4|8)\\],.*order = \\[1, 0\\]'
+)
 
 def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
     names = kernel.arg_names
@@ -40,11 +45,14 @@ def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
                 subprocess.run([tools[0], option, file.name], capture_output=True, text=True).stdout
                 for option in ('--dump-resource-usage', '--dump-sass')
             )
-        stack, matrix = re.search(r'STACK:(\\d+)', usage)[1], code.count('HGMMA' if capability == 90 else 'HMMA')
+        stack = re.search(r'STACK:(\\d+)', usage)[1]
+        matrix = code.count({90: 'HGMMA', 100: 'UTCHMMA'}.get(capability, 'HMMA'))
         wide = code.count('LDG.E.128')
-    assembly = [line for line in made.asm['ttgir'].splitlines() if 'elementwise_inline_asm' in line]
-    elsewhere = sum('#mma' not in line.rpartition('->')[2] for line in assembly)
-    print(kernel.__name__, made.metadata.shared, stack, matrix, len(assembly), elsewhere, wide, flush=True)
+    lines = made.asm['ttgir'].splitlines()
+    layouts = dict(line.split(' = ', 1) for line in lines if line.startswith('#'))
+    assembly = [line.rpartition('->')[2] for line in lines if 'elementwise_inline_asm' in line]
+    apart = sum(not re.search(NEIGHBOURS, layouts[re.findall(r'#(?!ttg)\\w+', line)[0]]) for line in assembly)
+    print(kernel.__name__, made.metadata.shared, stack, matrix, len(assembly), apart, wide, flush=True)
 
 dims = dict(P=1, PAIR=int(sys.argv[2]), D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=True)
 for kind in ('forward', 'grad_kv', 'grad_q', 'grad_bias'):
@@ -57,15 +65,19 @@ MATRIX_KERNELS = ('forward_kernel', 'grad_kv_kernel', 'grad_q_kernel', 'grad_bia
 
 
 @pytest.mark.parametrize(
-    ('head_dim', 'pairs', 'capability', 'memory'),
+    ('head_dim', 'pairs', 'capability', 'memory', 'dtype'),
     [
-        *((d, p, 90, 227 * 1024) for d, p in ((32, 1), (64, 1), (64, 0), (80, 1), (128, 1))),
-        *((d, 1, 80, 99 * 1024) for d in (64, 128)),  # the smallest memory of those GPUs: GeForce of capability 8.6
+        *((d, p, 90, 227, 'bf16') for d, p in ((32, 1), (64, 1), (64, 0), (80, 1), (128, 1))),
+        *((d, 1, 80, 99, 'bf16') for d in (64, 128)),  # the smallest memory of those GPUs: GeForce of capability 8.6
+        (64, 1, 80, 99, 'fp32'),
+        (128, 1, 80, 163, 'fp32'),
+        (64, 1, 100, 227, 'bf16'),
+        (64, 1, 120, 99, 'fp16'),
     ],
 )
-def test_compiles(head_dim, pairs, capability, memory, tmp_path):
+def test_compiles(head_dim, pairs, capability, memory, dtype, tmp_path):
     done = subprocess.run(
-        [sys.executable, '-c', SCRIPT, *map(str, (head_dim, pairs, capability, memory))],
+        [sys.executable, '-c', SCRIPT, *map(str, (head_dim, pairs, capability, memory * 1024, dtype))],
         capture_output=True,
         text=True,
         timeout=200,
@@ -76,11 +88,10 @@ def test_compiles(head_dim, pairs, capability, memory, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(' ') for line in done.stdout.splitlines()]
     assert len(rows) == 7
-    for name, shared, stack, matrix, assembly, elsewhere, wide in rows:
-        assert int(shared) <= memory, name
-        # threads hold neighbouring columns, on which the assembly relies, in the layout of the matrix units only
-        assert elsewhere == '0' and (int(assembly) > 0) == (name in MATRIX_KERNELS), name
+    for name, shared, stack, matrix, assembly, apart, wide in rows:
+        assert int(shared) <= memory * 1024, name
+        assert apart == '0' and (int(assembly) > 0) == (name in MATRIX_KERNELS), name
         if stack:
-            assert int(stack) <= 16 or capability < 90, f'{name} spills registers'
-            assert (int(matrix) > 0) == (name in MATRIX_KERNELS), name
-            assert name != 'band_sums_kernel' or int(wide) > 0, 'it loads one element at a time'
+            assert int(stack) <= 16 or capability != 90, f'{name} spills registers'
+            assert dtype == 'fp32' or (int(matrix) > 0) == (name in MATRIX_KERNELS), name
+            assert name != 'band_sums_kernel' or dtype == 'fp32' or int(wide) > 0, 'it loads one element at a time'

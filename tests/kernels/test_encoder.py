@@ -1,8 +1,11 @@
 """The encoder with its attention on the Triton kernels."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import TINY, gradients, images, randomize, relative_error
+from torch.autograd import forward_ad
 
 from beit_plugin import Beit, BeitBackbone
 from beit_plugin.models import attention as module
@@ -96,6 +99,29 @@ def test_what_it_cannot_serve(options, dtype, sentence):
         model(images(48, 80).to(DEVICE, dtype))
     if 'attn_drop_rate' in options:
         assert model.eval()(images(48, 80).to(DEVICE)).isfinite().all()
+
+
+def test_float32_and_large_heads_on_a_small_gpu(monkeypatch):
+    """Of these, GeForce cards have 99 KiB."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: properties)
+    monkeypatch.setattr(module, 'triton_refusal', lambda device: None)
+    x = SimpleNamespace(device=torch.device('cuda', 0), dtype=torch.float32)
+    expected = 'in float32 with head dims above 64 they need 160 KiB of shared memory, and this GPU has 99'
+    assert fused_refusal(x, 80, 0.0) == expected and fused_refusal(x, 64, 0.0) is None
+    properties.shared_memory_per_block_optin = 163 * 1024
+    assert fused_refusal(x, 80, 0.0) is None
+
+
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')  # PyTorch's own rules of tangents
+def test_tangents_go_by_the_reference():
+    model, eager = pair(Beit)
+    x = images(48, 80).to(DEVICE)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match=r"'fused' cannot serve: .*no forward-mode derivative; use"):
+            model(dual)
+        assert forward_ad.unpack_dual(eager(dual)).tangent.any()
 
 
 def test_without_a_gpu_or_triton(monkeypatch):

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import relative_error
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from beit_plugin.kernels.ops import attend, lengthen_table, reduce_to_table
 from beit_plugin.models.attention import eager_attention
@@ -159,6 +161,25 @@ def test_batched_gradients():
     assert relative_error(got, expected) <= 1e-6
 
 
+@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')  # PyTorch's own rules of tangents
+def test_tangents_are_refused():
+    """PyTorch itself would leave them out without a word."""
+    qkv, table, _ = inputs((3, 4), 1, 2, 32, torch.float32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(qkv, torch.ones_like(qkv))
+        with pytest.raises(NotImplementedError, match='no forward-mode derivative'):
+            attend(dual, table, (3, 4))
+        assert attend(qkv, table, (3, 4)).isfinite().all()
+
+
+def test_operations_are_counted():
+    """As PyTorch counts its own attention, whatever is computed a second time."""
+    qkv, table, grad = inputs((3, 4), 2, 2, 32, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        attend(qkv.requires_grad_(), table, (3, 4)).backward(grad)
+    assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 2 * 13 * 13 * 32)
+
+
 @pytest.mark.parametrize(('grid', 'sentence'), [((0, 1), 'of at least 1x1'), ((1, 1302), 'of a width up to 1290')])
 def test_grids_out_of_range(grid, sentence):
     qkv = torch.zeros(1, 1 + grid[0] * grid[1], 3, 2, 16, device=DEVICE)
@@ -254,11 +275,18 @@ def test_finite_differences_of_the_reference():
         ((2, 16, 2, 2, 32), (45 + 3, 2), r'got \(2, 16, 2, 2, 32\)'),
         ((2, 16, 3, 2, 32), (45, 2), r'expected a table of shape \(48, 2\) for a 3x5 grid, got \(45, 2\); resize'),
         ((2, 16, 3, 2, 32), (48, 3), r'expected a table of shape \(48, 2\)'),
+        ((2, 16, 3, 2, 24), (48, 2), r'multiple of 16 up to 128, got torch.float32 and a head dim of 24'),
+        ((2, 16, 3, 2, 144), (48, 2), r'got torch.float32 and a head dim of 144'),
     ],
 )
 def test_shapes_that_do_not_fit(shape, table, sentence):
     with pytest.raises(ValueError, match=sentence):
         attend(torch.zeros(shape, device=DEVICE), torch.zeros(table, device=DEVICE), (3, 5))
+
+
+def test_another_dtype():
+    with pytest.raises(ValueError, match=r'expected qkv in float16, bfloat16 or float32 .*got torch.float64'):
+        attend(torch.zeros(2, 16, 3, 2, 32, device=DEVICE).double(), torch.zeros(48, 2, device=DEVICE), (3, 5))
 
 
 def test_shapes_without_running():

@@ -363,7 +363,24 @@ def without_bias(block):
     block.norm1 = nn.LayerNorm(32, bias=False).to(DEVICE)
 
 
-@pytest.mark.parametrize('change', [change_norm, change_forward, without_bias])
+def over_tokens_too(block):
+    block.norm2 = nn.LayerNorm((5, 32)).to(DEVICE)
+
+
+def wrap_attention(block):
+    block.attn = Wrapped(block.attn)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, attn):
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, *args):
+        return self.attn(*args)
+
+
+@pytest.mark.parametrize('change', [change_norm, change_forward, without_bias, over_tokens_too, wrap_attention])
 def test_other_norms_are_called_as_they_are(change, monkeypatch):
     calls = fused_calls(monkeypatch)
     fused, eager = blocks()
