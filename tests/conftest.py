@@ -7,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     # the kernels then run in Triton's interpreter, which must be chosen before anything imports Triton
     os.environ.setdefault('TRITON_INTERPRET', '1')
+torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float32
 torch.set_num_threads(1)  # the models are tiny: threads wait for each other longer than they work
 
 

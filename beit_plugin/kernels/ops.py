@@ -289,14 +289,14 @@ def _differentiate(
 
 
 @register_flop_formula(torch.ops.beit_plugin.rel_pos_attention)
-def _forward_flops(qkv_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+def _forward_flops(qkv_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """As PyTorch counts its own attention: two matrix products."""
     B, N, _, K, D = qkv_shape
     return 2 * 2 * B * K * N * N * D
 
 
 @register_flop_formula(torch.ops.beit_plugin.rel_pos_attention_backward)
-def _backward_flops(grad_shape: tuple[int, ...], qkv_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+def _backward_flops(grad_shape: tuple[int, ...], qkv_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """As PyTorch counts its own: the five products that are needed, however often they are computed."""
     return _forward_flops(qkv_shape) * 5 // 2
 

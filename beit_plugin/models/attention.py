@@ -181,9 +181,14 @@ def fused_refusal(x: Tensor, head_dim: int, dropout_p: float) -> str | None:
 def attention_dtype(x: Tensor) -> torch.dtype:
     """The dtype that the projection of tokens of this dtype gives, under autocast too."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return x.dtype  # autocast leaves float64 alone
     return torch.get_autocast_dtype(kind)
+
+
+@torch.compiler.assume_constant_result  # torch.compile of torch 2.11 cannot trace the question
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 class Attention(nn.Module):
