@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as global_hooks
 
 from .attention import Attention, AttentionBackend, attention_dtype
-from .kernel_support import needs_transforms, triton_by_default, triton_refusal
+from .kernel_support import is_exporting, needs_transforms, triton_by_default, triton_refusal
 from .relative_position import BiasGeometry
 
 __all__ = ['Block', 'activation']
@@ -57,7 +57,13 @@ def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether calling the module would run the forward of one of these classes, and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     # accelerate replaces forward in the instance
-    return type(module) in classes and 'forward' not in vars(module) and not any(hooks)
+    return type(module) in classes and 'forward' not in module.__dict__ and not any(hooks)
+
+
+def _hooks_everywhere() -> bool:
+    """Whether hooks are registered for all modules (torch 2.6 has no function that tells)."""
+    kinds = ('forward_pre', 'forward', 'backward_pre', 'backward')
+    return any(getattr(global_hooks, f'_global_{kind}_hooks') for kind in kinds)
 
 
 def _is_plain_norm(module: nn.Module, channels: int) -> bool:
@@ -136,11 +142,11 @@ class Block(nn.Module):
     def _takes_kernels(self, x: Tensor) -> bool:
         """Whether norms, layer scales and residual sums of these tokens shall run as Triton kernels.
 
-        A compiler fuses them by itself. A module that does more than its class says, by hooks or another forward, is
-        called as it is.
+        Exported programs shall run without this package. A module that does more than its class says, by hooks or
+        another forward, is called as it is.
         """
         backend = getattr(self.attn, 'backend', None)  # it may be wrapped
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_exporting() or torch.jit.is_tracing():
             return False
         if backend != 'fused' and not (backend == 'auto' and triton_by_default(x.device)):
             return False
@@ -149,7 +155,7 @@ class Block(nn.Module):
         plain = (
             all(_is_plain_norm(norm, x.shape[-1]) for norm in (self.norm1, self.norm2))
             and all(_is_plain(drop_path, nn.Identity, DropPath) for drop_path in (self.drop_path1, self.drop_path2))
-            and not _has_any_global_hook()
+            and not _hooks_everywhere()
         )
         if not plain or triton_refusal(x.device) is not None:
             return False

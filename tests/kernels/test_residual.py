@@ -438,15 +438,45 @@ def test_where_the_reference_runs(case, monkeypatch):
     assert not calls
 
 
-def test_compiled_and_exported(monkeypatch):
-    """A compiler gets the plain operations."""
+@pytest.mark.parametrize('options', [dict(), dict(init_values=0.1, drop_path=0.5)])
+def test_compiled(options):
+    torch._dynamo.reset()
+    x = torch.randn(8, 5, 32, device=DEVICE)
+    graphs, results = [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    for block in blocks(**options):
+        torch.manual_seed(0)
+        call = torch.compile(block, fullgraph=True, backend=backend) if not results else block
+        leaf = x.clone().requires_grad_()
+        out = call(leaf)[0]
+        out.square().sum().backward()
+        results.append([out, leaf.grad, *gradients(block).values()])
+    assert worst(*results) <= 5e-6
+    (graph,) = graphs
+    assert [str(node.target) for node in graph.graph.nodes].count('beit_plugin.residual.default') == 3
+
+
+def test_compiled_with_a_hook():
+    """(Of one that is registered after compiling torch.compile itself takes no notice.)"""
+    torch._dynamo.reset()
+    fused, eager = blocks()
+    for block in (fused, eager):
+        block.norm2.register_forward_hook(lambda module, args, output: 2 * output)
+    x = torch.randn(2, 5, 32, device=DEVICE)
+    assert relative_error(torch.compile(fused, backend='aot_eager')(x)[0], eager(x)[0]) <= 5e-6
+
+
+def test_exported(monkeypatch):
+    """The program has the plain operations."""
     calls = fused_calls(monkeypatch)
     block, eager = blocks(init_values=0.1)
     x = torch.randn(2, 5, 32, device=DEVICE)
-    expected = eager(x)[0]
-    assert relative_error(torch.compile(block, fullgraph=True, backend='aot_eager')(x)[0], expected) <= 5e-6
-    program = torch.export.export(block, (x,))
-    assert relative_error(program.module()(x)[0], expected) <= 5e-6
+    program = torch.export.export(block, (x,), strict=False)  # torch 2.6 cannot tell a strict one from torch.compile
+    assert relative_error(program.module()(x)[0], eager(x)[0]) <= 5e-6
     assert not any('beit_plugin' in str(node.target) for node in program.graph.nodes) and not calls
 
 
