@@ -252,24 +252,27 @@ def test_compare_training(photographs, tmp_path):
     settings = ('--settings', 'eager:float32', 'sdpa:float32')
     said = tool('compare_training', photographs, *TINY, '--steps', 2, '--seeds', 2, *settings, cwd=tmp_path)
     results = json.loads((tmp_path / 'training/curves.json').read_text())
-    first, other, seed = results['runs']
+    first, other, seed, _ = results['runs']
     assert [(run['setting'], run['seed']) for run in results['runs']] == [
-        ('eager:float32', 0), ('sdpa:float32', 0), ('eager:float32', 1)
+        ('eager:float32', 0), ('sdpa:float32', 0), ('eager:float32', 1), ('sdpa:float32', 1)
     ]  # fmt: skip
     assert all(len(run['losses']) == 2 for run in results['runs'])
     assert other['losses'] == pytest.approx(first['losses'], rel=1e-4)  # same start, images, crops, stochastic depth
     assert seed['losses'] != pytest.approx(first['losses'], rel=1e-4)
-    assert 'spread of the seeds' in said and all(line in said for line in results['verdict'])
+    assert 'standard error' in said and all(line in said for line in results['verdict'])
     assert width(tmp_path / 'training/curves.png') > 800
 
 
 def test_verdict():
     from compare_training import compare
 
-    runs = [dict(setting=name, final=final) for name, final in (('a', 1.0), ('b', 1.2), ('c', 1.6), ('a', 1.5))]
+    finals = {('a', 0): 1.0, ('b', 0): 1.2, ('c', 0): 1.6, ('a', 1): 1.5, ('b', 1): 1.5, ('c', 1): 2.3, ('c', 2): 9.0}
+    runs = [dict(setting=name, seed=seed, final=final) for (name, seed), final in finals.items()]
     first, b, c = compare(runs)
-    assert 'spread 0.5000' in first and '+0.2000, within' in b and '+0.6000, NOT within' in c
+    assert 'mean 1.2500 of 1.0000, 1.5000, from lowest to highest 0.5000' in first
+    assert '+0.1000, standard error 0.1000: within two' in b and '+0.7000, standard error 0.1000: BEYOND two' in c
     assert 'no spread' in compare(runs[:2])[1]
+    assert '+0.2000' in compare(runs[:4])[1]  # stopped before the second seed of b
 
 
 def test_samples_do_not_touch_the_models_random_numbers():

@@ -2,9 +2,9 @@
 """Train one classifier by several attention backends and dtypes from the same start, and compare the losses.
 
 DATA is an ImageFolder (one folder for each class), or holds one as train/. Every setting sees the same images in the
-same order, cropped and flipped alike; a seed decides weights, order, crops and stochastic depth. The first setting is
-trained with all seeds, the others with the first: a difference within the spread of the seeds is none. Writes
-curves.json and curves.png.
+same order, cropped and flipped alike; a seed decides weights, order, crops and stochastic depth. Every setting is
+trained with all seeds, for rounding alone sends single trainings different ways: a mean difference within two of its
+standard errors is none. Writes curves.json and curves.png.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from statistics import stdev
 from typing import Any, NamedTuple
 
 from data_folders import DataError
@@ -74,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--steps', type=positive, default=300, help='(default: 300)')
     parser.add_argument('--batch-size', type=positive, default=32, help='(default: 32)')
     parser.add_argument('--lr', type=float, default=5e-4, help='peak of AdamW, warm-up 10 %%, cosine (default: 5e-4)')
-    parser.add_argument('--seeds', type=positive, default=3, metavar='N', help='of the first setting (default: 3)')
+    parser.add_argument('--seeds', type=positive, default=3, metavar='N', help='of each setting (default: 3)')
     parser.add_argument('--size', type=positive, default=224, metavar='PIXELS', help='(default: 224)')
     parser.add_argument('--device', default=None, help='default: cuda if there is one, else cpu')
     parser.add_argument('--workers', type=int, default=None, help='processes that load images (default: 8, on a CPU 0)')
@@ -219,20 +220,38 @@ def train(
     return dict(setting=str(one), seed=seed, final=final, seconds_per_step=seconds, losses=values)
 
 
-def compare(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """What the final losses say, one line for each setting; the first run is the reference."""
-    reference = runs[0]
-    finals = [r['final'] for r in runs if r['setting'] == reference['setting']]
-    spread = max(finals) - min(finals)
-    listed = ', '.join(f'{final:.4f}' for final in finals)
-    lines = [f'{reference["setting"]:<16} {listed} with {len(finals)} seed(s): spread {spread:.4f}']
+def by_setting(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each setting, the reference first."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for one in runs:
-        if one['setting'] != reference['setting']:
-            difference = one['final'] - reference['final']
-            verdict = 'within' if abs(difference) <= spread else 'NOT within'
-            verdict = f'{verdict} the spread of the seeds' if len(finals) > 1 else 'no spread: use --seeds'
-            lines.append(f'{one["setting"]:<16} {one["final"]:.4f}: difference {difference:+.4f}, {verdict}')
+        found.setdefault(one['setting'], []).append(one)
+    return found
+
+
+def compare(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What the final losses say, one line for each setting; the setting of the first run is the reference.
+
+    Others are compared with it seed by seed: the mean of the differences, and its standard error.
+    """
+    (name, reference), *others = by_setting(runs).items()
+    expected = {one['seed']: one['final'] for one in reference}
+    lines = [f'{name:<16} {_listed(expected)}']
+    for name, trained in others:
+        finals = {one['seed']: one['final'] for one in trained if one['seed'] in expected}
+        differences = [final - expected[seed] for seed, final in finals.items()]
+        mean = sum(differences) / len(differences)
+        verdict = 'one seed has no spread: use --seeds'
+        if len(differences) > 1:
+            error = stdev(differences) / math.sqrt(len(differences))
+            verdict = f'standard error {error:.4f}: {"within" if abs(mean) <= 2 * error else "BEYOND"} two of them'
+        lines.append(f'{name:<16} {_listed(finals)}; mean difference {mean:+.4f}, {verdict}')
     return lines
+
+
+def _listed(finals: dict[int, float]) -> str:
+    values = list(finals.values())
+    spread = f', from lowest to highest {max(values) - min(values):.4f}' if len(values) > 1 else ''
+    return f'mean {sum(values) / len(values):.4f} of ' + ', '.join(f'{value:.4f}' for value in values) + spread
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -241,7 +260,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Smoothed losses: a line for each setting at the first seed, a band for the seeds of the first setting."""
+    """Smoothed losses: for each setting the mean of its seeds, and a band from the lowest to the highest."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -250,18 +269,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     runs, options = results['runs'], results['options']
     window = max(1, round(SMOOTHED * options['steps']))
     figure, axis = plt.subplots(figsize=(8, 5), layout='constrained')
-    of_reference = [r for r in runs if r['setting'] == runs[0]['setting']]
-    if len(of_reference) > 1:
-        smooth = list(zip(*(running_mean(r['losses'], window) for r in of_reference), strict=True))
-        steps, low, high = range(1, len(smooth) + 1), list(map(min, smooth)), list(map(max, smooth))
-        band = f'{runs[0]["setting"]}, {len(of_reference)} seeds'
-        axis.fill_between(steps, low, high, color='C0', alpha=0.25, label=band)
-    firsts = [r for r in runs if r['seed'] == runs[0]['seed']]
-    for i, one in enumerate(firsts):
-        smooth_one = running_mean(one['losses'], window)
+    for i, (name, trained) in enumerate(by_setting(runs).items()):
+        smooth = list(zip(*(running_mean(one['losses'], window) for one in trained), strict=True))
+        steps = range(1, len(smooth) + 1)
         style = '-' if i == 0 else '--' if i == 1 else ':'
-        axis.plot(range(1, len(smooth_one) + 1), smooth_one, style, color=f'C{i}', label=one['setting'])
-    axis.set(xlabel='step', ylabel=f'training loss, mean of {window} steps')
+        axis.plot(steps, [sum(s) / len(s) for s in smooth], style, color=f'C{i}', label=name)
+        if len(trained) > 1:
+            axis.fill_between(steps, list(map(min, smooth)), list(map(max, smooth)), color=f'C{i}', alpha=0.15)
+    seeds = f'mean and range of {options["seeds"]} seeds' if options['seeds'] > 1 else 'one seed'
+    axis.set(xlabel='step', ylabel=f'training loss, mean of {window} steps; {seeds}')
     axis.set_title(f'{options["model"]}, {options["size"]} px, batch {options["batch_size"]}\n{results["machine"]}')
     axis.grid(alpha=0.3)
     axis.legend()
@@ -284,8 +300,8 @@ def main() -> None:
     results: dict[str, Any] = dict(
         date=str(date.today()), machine=machine['name'], hardware=machine, versions=versions(), options=options, runs=[]
     )
-    # the first seed of all settings first: what is cut short can still be compared
-    todo = [(one, 0) for one in args.settings] + [(args.settings[0], seed) for seed in range(1, args.seeds)]
+    # all settings with one seed after the other: what is cut short can still be compared
+    todo = [(one, seed) for seed in range(args.seeds) for one in args.settings]
     args.out.mkdir(parents=True, exist_ok=True)
     for one, seed in todo:
         results['runs'].append(train(args, one, seed, images, len(classes), device))

@@ -10,10 +10,9 @@ from typing import Any, cast
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
 
 from .attention import Attention, AttentionBackend, attention_dtype
-from .kernel_support import is_exporting, needs_transforms, triton_by_default, triton_refusal
+from .kernel_support import is_exporting, is_plain, needs_transforms, triton_by_default, triton_refusal
 from .relative_position import BiasGeometry
 
 __all__ = ['Block', 'activation']
@@ -53,21 +52,8 @@ class _Function(nn.Module):
         return self.function(x)
 
 
-def _is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether calling the module would run the forward of one of these classes, and nothing else."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    # accelerate replaces forward in the instance
-    return type(module) in classes and 'forward' not in module.__dict__ and not any(hooks)
-
-
-def _hooks_everywhere() -> bool:
-    """Whether hooks are registered for all modules (torch 2.6 has no function that tells)."""
-    kinds = ('forward_pre', 'forward', 'backward_pre', 'backward')
-    return any(getattr(global_hooks, f'_global_{kind}_hooks') for kind in kinds)
-
-
 def _is_plain_norm(module: nn.Module, channels: int) -> bool:
-    if not _is_plain(module, nn.LayerNorm, LayerNorm):
+    if not is_plain(module, nn.LayerNorm, LayerNorm):
         return False
     norm = cast(nn.LayerNorm, module)
     return tuple(norm.normalized_shape) == (channels,) and norm.bias is not None
@@ -152,12 +138,9 @@ class Block(nn.Module):
             return False
         if type(x) is not Tensor or needs_transforms():
             return False
-        plain = (
-            all(_is_plain_norm(norm, x.shape[-1]) for norm in (self.norm1, self.norm2))
-            and all(_is_plain(drop_path, nn.Identity, DropPath) for drop_path in (self.drop_path1, self.drop_path2))
-            and not _hooks_everywhere()
-        )
-        if not plain or triton_refusal(x.device) is not None:
+        norms = all(_is_plain_norm(norm, x.shape[-1]) for norm in (self.norm1, self.norm2))
+        paths = all(is_plain(drop_path, nn.Identity, DropPath) for drop_path in (self.drop_path1, self.drop_path2))
+        if not norms or not paths or triton_refusal(x.device) is not None:
             return False
         from ..kernels.residual_ops import DTYPES, MAX_CHANNELS  # not before needed, as in Attention
 

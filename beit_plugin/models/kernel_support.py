@@ -1,13 +1,22 @@
-"""Whether the Triton kernels can run on a device, and whether they shall run unasked."""
+"""Whether the Triton kernels can run on a device and shall run unasked; whether a module may be computed otherwise."""
 
 import os
 from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as global_hooks
 
-__all__ = ['is_exporting', 'needs_transforms', 'triton_by_default', 'triton_is_interpreted', 'triton_refusal']
+__all__ = [
+    'is_exporting',
+    'is_plain',
+    'needs_transforms',
+    'triton_by_default',
+    'triton_is_interpreted',
+    'triton_refusal',
+]
 
 
 # a compiler takes the answers of these functions as constants: it cannot trace how Triton and its driver are found
@@ -45,6 +54,16 @@ def is_exporting() -> bool:
 def needs_transforms() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is at work; the kernels have no rules."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling the module would run the forward of one of these classes, and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    # torch 2.6 has no function that tells of hooks on all modules
+    kinds = ('forward_pre', 'forward', 'backward_pre', 'backward')
+    everywhere = any(getattr(global_hooks, f'_global_{kind}_hooks') for kind in kinds)
+    # accelerate replaces forward in the instance
+    return type(module) in classes and 'forward' not in module.__dict__ and not any(hooks) and not everywhere
 
 
 @cache
