@@ -36,6 +36,7 @@ from .optim import BEiTLayerDecayConstructor  # noqa: E402
 __all__ = ['BEiTBackbone', 'BEiTLayerDecayConstructor', 'BEiTPyramid']
 
 if find_spec('mmseg') is not None:  # detectors need no segmentation heads
+    from .decode_head import BEiTFCNHead as BEiTFCNHead
     from .decode_head import BEiTUPerHead as BEiTUPerHead
 
-    __all__ += ['BEiTUPerHead']
+    __all__ += ['BEiTFCNHead', 'BEiTUPerHead']

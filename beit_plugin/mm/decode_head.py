@@ -1,26 +1,94 @@
-"""UPerNet as an mmsegmentation decode head."""
+"""UPerNet and FCN as mmsegmentation decode heads, whose loss never enlarges all logits at once."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
+import torch
 from mmcv.cnn import build_activation_layer
 from mmengine.registry import MODELS
+from mmseg.models.decode_heads import FCNHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.losses import CrossEntropyLoss
 from mmseg.utils import SampleList
 from torch import Tensor, nn
 
 from ..models.segmentation_loss import LabelGuard
 from ..models.upernet import ConvNormAct, UPerNetLayers
+from ..models.upsampled_loss import upsampled_cross_entropy
 from .norm import NormFactory
+
+EPS = torch.finfo(torch.float32).eps  # that mmsegmentation adds to what it divides by
+
+
+class _LeanLoss(BaseDecodeHead):
+    """Softmax cross-entropy and accuracy of a `BaseDecodeHead`, computed band by band from the small logits.
+
+    Other losses, samplers and unreduced losses see the enlarged logits, as in mmsegmentation.
+    """
+
+    def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
+        """The losses of `BaseDecodeHead.loss_by_feat`, by name, and `acc_seg` in percent.
+
+        Args:
+            seg_logits: (B, classes, h, w) from `forward`.
+            batch_data_samples: with labels (1, H, W), all of one size.
+        """
+        losses = [loss for loss in self._losses() if _is_reduced_softmax(loss)]
+        if len(losses) < len(self._losses()) or self.sampler is not None or seg_logits.shape[1] < 2:
+            return super().loss_by_feat(seg_logits, batch_data_samples)
+        labels = self._stack_batch_gt(batch_data_samples).squeeze(1)  # B, H, W
+        counts = labels.numel() if self.ignore_index is None else (labels != self.ignore_index).sum()
+        dtype = torch.promote_types(seg_logits.dtype, torch.float32)
+        found: dict[str, Tensor] = {}
+        right = labels.new_zeros(())
+        sums: dict[Any, Tensor] = {}  # by the class weights, for several losses may differ in the rest only
+        for loss in losses:
+            weight = None if loss.class_weight is None else seg_logits.new_tensor(loss.class_weight, dtype=dtype)
+            key = None if weight is None else tuple(weight.tolist())
+            if key not in sums:
+                sums[key], right = upsampled_cross_entropy(
+                    seg_logits, labels, weight, self.ignore_index, self.align_corners
+                )
+            value = loss.loss_weight * sums[key] / self._divisor(loss, weight, labels, counts)
+            name = str(loss.loss_name)
+            found[name] = found[name] + value if name in found else value
+        found['acc_seg'] = (right[None] + EPS) * (100.0 / (counts + EPS))
+        return found
+
+    def _losses(self) -> list[nn.Module]:
+        return list(self.loss_decode) if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]
+
+    def _divisor(
+        self, loss: CrossEntropyLoss, weight: Tensor | None, labels: Tensor, counts: Tensor | int
+    ) -> Tensor | float:
+        """What mmsegmentation divides the sum by, but for labels to ignore, of which it has no class weight."""
+        if loss.reduction == 'sum':
+            return 1.0
+        if weight is None:
+            return (counts if loss.avg_non_ignore else labels.numel()) + EPS
+        ignored = labels == self.ignore_index if self.ignore_index is not None else labels < 0
+        return weight[labels.masked_fill(ignored, 0)].masked_fill(ignored, 0.0).sum() + EPS
+
+
+def _is_reduced_softmax(loss: nn.Module) -> TypeGuard[CrossEntropyLoss]:
+    if type(loss) is not CrossEntropyLoss:
+        return False
+    return not loss.use_sigmoid and not loss.use_mask and loss.reduction in ('mean', 'sum')
 
 
 @MODELS.register_module()
-class BEiTUPerHead(UPerNetLayers, BaseDecodeHead):
+class BEiTFCNHead(_LeanLoss, FCNHead):
+    """mmsegmentation's `FCNHead`, its arguments and weights; the loss takes the memory of the small logits."""
+
+
+@MODELS.register_module()
+class BEiTUPerHead(UPerNetLayers, _LeanLoss):
     """UPerNet decode head with the arguments, parameter names and numbers of mmsegmentation's `UPerHead`.
 
-    Differences: labels outside the classes are reported with their image and values, and `norm_cfg` SyncBN also trains
-    on the CPU.
+    Differences: labels outside the classes are reported with their image and values, `norm_cfg` SyncBN also trains on
+    the CPU, small levels are mixed before they are enlarged (see `conv_of_levels`), and the loss takes the memory of
+    the small logits.
 
     Args:
         pool_scales: sides of the grids that the coarsest map is pooled to.
@@ -51,7 +119,7 @@ class BEiTUPerHead(UPerNetLayers, BaseDecodeHead):
 
     def _stack_batch_gt(self, batch_data_samples: SampleList) -> Tensor:
         """Labels of the batch (B, 1, H, W), checked; `loss_by_feat` asks for them first."""
-        losses = self.loss_decode if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]
+        losses = self._losses()
         # a single output with a sigmoid tells two classes apart
         binary = self.out_channels == 1 and any(getattr(loss, 'use_sigmoid', False) for loss in losses)
         labels = self._label_guard(

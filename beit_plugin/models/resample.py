@@ -1,4 +1,4 @@
-"""Resizing of what is tied to a patch grid: relative position bias tables and absolute positions.
+"""Resizing of what is tied to a patch grid: relative position bias tables and absolute positions; maps, as a matrix.
 
 (Patch kernels go through ``timm.layers.resample_patch_embed``, which does the same by least squares.)
 
@@ -26,7 +26,14 @@ from torch import Tensor
 
 from .kernel_support import is_exporting
 
-__all__ = ['RESIZE_RULES', 'ResizeRule', 'resize_abs_pos_embed', 'resize_matrices', 'resize_rel_pos_bias_table']
+__all__ = [
+    'RESIZE_RULES',
+    'ResizeRule',
+    'bilinear_matrix',
+    'resize_abs_pos_embed',
+    'resize_matrices',
+    'resize_rel_pos_bias_table',
+]
 
 ResizeRule = Literal['geometric', 'linear', 'bilinear']
 RESIZE_RULES: tuple[str, ...] = get_args(ResizeRule)
@@ -121,6 +128,27 @@ def axis_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torc
         same = places.new_full((), 1.0) * new == old
         return torch.where(same, torch.eye(rows, columns, device=device, dtype=dtype), matrix)
     return torch.eye(rows, device=device, dtype=dtype) if new == old else matrix
+
+
+def bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What ``F.interpolate(mode='bilinear')`` does along one axis, as a linear map (new, old); kept for the next call.
+
+    The weights are computed in float32, or in float64 for a result in float64, as PyTorch does.
+    """
+    # what a compiler or a dispatch mode makes is not kept: it may have no values
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return (_bilinear_matrix if traced else _cached_bilinear)(old, new, align_corners, device, dtype)
+
+
+def _bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    basis = torch.eye(old, device=device, dtype=torch.promote_types(dtype, torch.float32))[None]  # a row for each place
+    return F.interpolate(basis, size=new, mode='linear', align_corners=align_corners)[0].t().contiguous().to(dtype)
+
+
+@lru_cache(maxsize=256)
+def _cached_bilinear(old: int, new: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return _bilinear_matrix(old, new, align_corners, device, dtype)
 
 
 @lru_cache(maxsize=256)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from .upsampled_loss import upsampled_cross_entropy
 
 
 class _Batch(NamedTuple):
@@ -132,8 +133,5 @@ class SegmentationLoss(nn.Module):
         return loss
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        # widened while small: cross-entropy would widen a half-precision map at full size, beside the narrow one
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = F.interpolate(logits, size=labels.shape[-2:], mode='bilinear', align_corners=False)  # B, classes, H, W
-        total = F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction='sum')
+        total, _ = upsampled_cross_entropy(logits, labels, ignore_index=self.ignore_index)
         return total / (labels != self.ignore_index).sum().clamp(min=1)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .level_mixing import conv_of_levels
+
 _inplace_relu = partial(nn.ReLU, inplace=True)
 
 
@@ -73,12 +75,15 @@ class ConvNormAct(nn.Module):
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
-        x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        return self.activate(x)
+    def forward(self, x: Tensor | Sequence[Tensor], align_corners: bool = False) -> Tensor:
+        """Map (B, in_channels, h, w) to (B, out_channels, h, w).
+
+        Args:
+            x: the map; or several (B, C_i, h_i, w_i), which are enlarged to the first and concatenated.
+            align_corners: of the enlarging.
+        """
+        x = self.conv(x) if isinstance(x, Tensor) else conv_of_levels(self.conv, x, align_corners)
+        return self.activate(x if self.norm is None else self.norm(x))
 
 
 class UPerNetLayers(nn.Module):
@@ -132,8 +137,8 @@ class UPerNetLayers(nn.Module):
                 'give it one map per level, finest first, or build it with these in_channels'
             )
         top = maps[-1]
-        pooled = [self._resize(pool(top), like=top) for pool in self.psp_modules]
-        x = self.bottleneck(torch.cat([top, *pooled], dim=1))  # B, channels, h_n, w_n
+        pooled = [pool(top) for pool in self.psp_modules]
+        x = self.bottleneck([top, *pooled], self.align_corners)  # B, channels, h_n, w_n
         levels = [x]
         for lateral, fpn, finer in zip(
             reversed(self.lateral_convs), reversed(self.fpn_convs), reversed(maps[:-1]), strict=True
@@ -141,9 +146,7 @@ class UPerNetLayers(nn.Module):
             finer = lateral(finer)
             x = finer + self._resize(x, like=finer)  # B, channels, h_i, w_i
             levels.insert(0, fpn(x))
-        finest = levels[0]
-        levels = [finest, *(self._resize(x, like=finest) for x in levels[1:])]  # all at h_0, w_0
-        return self.fpn_bottleneck(torch.cat(levels, dim=1))
+        return self.fpn_bottleneck(levels, self.align_corners)
 
 
 def _classifier(channels: int, num_classes: int, device: Any, dtype: torch.dtype | None) -> nn.Conv2d:

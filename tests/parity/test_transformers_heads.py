@@ -139,7 +139,8 @@ def test_segmentor(size, training):
     tapped = Tapped(theirs.beit, theirs.config.out_indices)
     model = BeitSegmentor(backbone=tapped, pyramid=pyramid, decode_head=decode, auxiliary_head=auxiliary)
     model.train(training)
-    image, labels = torch.randn(2, 3, *size), torch.randint(5, (2, *size))
+    model.double(), theirs.double()
+    image, labels = torch.randn(2, 3, *size).double(), torch.randint(5, (2, *size))
     labels[:, :9] = 255
     expected = theirs(image, labels=labels)
     loss, logits = model(image, labels)
