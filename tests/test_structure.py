@@ -21,6 +21,7 @@ ALLOWED = {
     'models.kernel_support': {'torch', 'triton'},
     'models.relative_position': {'torch', 'models.resample'},
     'models.resample': {'torch', 'models.kernel_support'},
+    'models.upsampled_loss': {'torch', 'models.kernel_support', 'models.resample', 'kernels'},
     'kernels': {'torch', 'triton', 'kernels'},
     'tokenizers': {'torch', 'timm.layers', 'models', 'tokenizers', 'checkpoints'},
     'checkpoints': {
@@ -31,7 +32,10 @@ ALLOWED = {
     'image_processor': {'torch', 'numpy', 'PIL'},
     'timm_models': {'torch', 'timm', 'models', 'checkpoints', 'timm_cfgs'},
     'timm_cfgs': {'timm'},
-    'mm': {'torch', 'torchvision', 'timm', 'numpy', 'mm', 'models', 'checkpoints', 'tokenizers', 'masking', *OPENMMLAB},
+    'mm': {
+        'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'mm', 'models', 'checkpoints', 'tokenizers', 'masking',
+        *OPENMMLAB,
+    },
     '': {'torch', 'timm', 'models', 'timm_models', '_script', 'image_processor', 'mm'},  # __init__, __main__, _script
 }  # fmt: skip
 

@@ -25,7 +25,19 @@ class _LeanLoss(BaseDecodeHead):
     """Softmax cross-entropy and accuracy of a `BaseDecodeHead`, computed band by band from the small logits.
 
     Other losses, samplers and unreduced losses see the enlarged logits, as in mmsegmentation.
+
+    Raises:
+        ValueError: one output channel with a softmax, whose cross-entropy is always 0.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.out_channels == 1 and any(map(_is_reduced_softmax, self._losses())):
+            raise ValueError(
+                f'got num_classes={self.num_classes} and out_channels=1 with a softmax cross-entropy, which is always '
+                '0: use num_classes=2 and let the background be class 0 (no reduce_zero_label), or '
+                "loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True) and a threshold"
+            )
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """The losses of `BaseDecodeHead.loss_by_feat`, by name, and `acc_seg` in percent.
@@ -45,7 +57,7 @@ class _LeanLoss(BaseDecodeHead):
         sums: dict[Any, Tensor] = {}  # by the class weights, for several losses may differ in the rest only
         for loss in losses:
             weight = None if loss.class_weight is None else seg_logits.new_tensor(loss.class_weight, dtype=dtype)
-            key = None if weight is None else tuple(weight.tolist())
+            key = None if loss.class_weight is None else tuple(loss.class_weight)
             if key not in sums:
                 sums[key], right = upsampled_cross_entropy(
                     seg_logits, labels, weight, self.ignore_index, self.align_corners

@@ -2,7 +2,7 @@
 
 A decode head gives logits at a quarter of the labels' size. Enlarging them takes B x 150 x 640 x 640 floats, and their
 softmax and its gradient as much again. Here bands of rows are enlarged, used and forgotten, and computed a second time
-in the backward pass; what is kept for it is one float for each pixel.
+in the backward pass; what is kept for it is one float for each pixel. On a GPU kernels do this pixel by pixel.
 
 Legend: B batch, K classes, h w pixels of the logits, H W those of the labels.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernel_support import triton_by_default, triton_refusal
 from .resample import bilinear_matrix
 
 __all__ = ['upsampled_cross_entropy']
@@ -48,6 +49,11 @@ def upsampled_cross_entropy(
     return total, right
 
 
+def _has_kernels(logits: Tensor) -> bool:
+    fast = triton_by_default(logits.device) and triton_refusal(logits.device) is None
+    return fast and logits.dtype != torch.float64 and logits.numel() > 0
+
+
 def _bands(logits: Tensor, labels: Tensor, align_corners: bool) -> Iterator[tuple[Any, ...]]:
     """Bands of rows of the enlarged logits, one image after the other.
 
@@ -79,6 +85,10 @@ def _bands(logits: Tensor, labels: Tensor, align_corners: bool) -> Iterator[tupl
 def _forward(
     logits: Tensor, labels: Tensor, class_weight: Tensor | None, ignored: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _has_kernels(logits):
+        from ..kernels import cross_entropy_ops  # not before it is needed: Triton looks for a GPU
+
+        return cross_entropy_ops.forward(logits, labels, class_weight, ignored, align_corners)
     total, right, lse = _shapes(logits, labels)
     total.zero_()
     right.zero_()
@@ -113,6 +123,10 @@ def _backward(
     ignored: int,
     align_corners: bool,
 ) -> Tensor:
+    if _has_kernels(logits):
+        from ..kernels import cross_entropy_ops
+
+        return cross_entropy_ops.backward(grad, logits, labels, class_weight, lse, ignored, align_corners)
     found = torch.zeros(logits.shape, dtype=lse.dtype, device=logits.device)
     for image, rows, source, vertical, to_x, band in _bands(logits, labels, align_corners):
         target = labels[image, rows].long()

@@ -20,7 +20,7 @@ from mmseg.models.decode_heads import UPerHead
 from mmseg.models.necks import Feature2Pyramid
 from mmseg.structures import SegDataSample
 
-from beit_plugin.mm.decode_head import BEiTUPerHead
+from beit_plugin.mm.decode_head import BEiTFCNHead, BEiTUPerHead
 from beit_plugin.mm.neck import BEiTPyramid
 from beit_plugin.models.upernet import FCNHead, UPerNetHead
 
@@ -186,9 +186,51 @@ def test_class_weights():
     assert abs(got['loss_ce'] - expected['loss_ce']) <= 1e-12
 
 
+@pytest.mark.parametrize('training', [True, False])
+def test_auxiliary_head(training):
+    options = arguments(in_channels=8, in_index=2, num_convs=2, concat_input=True)
+    assert_parity(*pair(BEiTFCNHead(**options), MMFCNHead(**options), training), pyramid_maps((5, 7)))
+
+
+@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False:UserWarning')
+@pytest.mark.parametrize('name', ['cross-entropy', 'ignored pixels count', 'two losses', 'hard pixels', 'binary'])
+def test_auxiliary_losses(name):
+    options = arguments(in_channels=8, in_index=2, **LOSSES[name])
+    ours, theirs = pair(BEiTFCNHead(**options), MMFCNHead(**options), True)
+    labels = torch.randint(options['num_classes'], (2, 1, 61, 93))
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
+    inputs = [x.double() for x in pyramid_maps((4, 6))]
+    got, expected = (head.double().loss(inputs, samples, {}) for head in (ours, theirs))
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9, check_dtype=False)
+    for losses in (got, expected):
+        sum(value for key, value in losses.items() if key.startswith('loss')).backward()
+    assert_same_gradients(ours, theirs)
+
+
+def test_all_pixels_ignored():
+    """The loss is 0 with a gradient of 0, and the accuracy is mmsegmentation's 100 percent of nothing."""
+    ours, theirs = pair(BEiTUPerHead(**arguments()), UPerHead(**arguments()), True)
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.full((1, 64, 96), 255))) for _ in range(2)]
+    got, expected = (head.loss(pyramid_maps((4, 6)), samples, {}) for head in (ours, theirs))
+    got['loss_ce'].backward()
+    assert got['loss_ce'] == expected['loss_ce'] == 0 and got['acc_seg'] == expected['acc_seg']
+    assert all(parameter.grad.isfinite().all() for parameter in ours.parameters())
+
+
+@pytest.mark.filterwarnings('ignore:threshold is not defined for binary')
+@pytest.mark.parametrize('kind', [BEiTUPerHead, BEiTFCNHead])
+def test_one_class_with_a_softmax(kind):
+    options = arguments(num_classes=1) if kind is BEiTUPerHead else arguments(num_classes=1, in_channels=8, in_index=2)
+    with pytest.raises(ValueError, match='num_classes=1 and out_channels=1 with a softmax cross-entropy, which is alw'):
+        kind(**options)
+    sigmoid = {'type': 'CrossEntropyLoss', 'use_sigmoid': True}
+    assert kind(**{**options, 'threshold': 0.5, 'loss_decode': sigmoid}).out_channels == 1
+
+
 @pytest.mark.parametrize('threshold', [None, 0.5])
 def test_prediction(threshold):
-    extra = {} if threshold is None else {'num_classes': 2, 'out_channels': 1, 'threshold': threshold}
+    sigmoid = {'type': 'CrossEntropyLoss', 'use_sigmoid': True}
+    extra = dict(num_classes=2, out_channels=1, threshold=threshold, loss_decode=sigmoid) if threshold else {}
     ours, theirs = pair(BEiTUPerHead(**arguments(**extra)), UPerHead(**arguments(**extra)), False)
     metas = [{'img_shape': (64, 96), 'pad_shape': (70, 99)}] * 2
     inputs = pyramid_maps((4, 6))
