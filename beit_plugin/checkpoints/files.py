@@ -6,6 +6,7 @@ Formats: safetensors, and torch's own with ``weights_only=True``.
 import os
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,10 +22,13 @@ from .harmless import harmless_globals
 
 __all__ = [
     'SUFFIXES',
+    'is_damaged',
     'is_file_name',
     'open_wrappers',
+    'read_file',
     'read_metadata',
     'read_state_dict',
+    'remove_leftovers',
     'write_atomically',
     'write_state_dict',
 ]
@@ -67,10 +71,23 @@ def open_wrappers(loaded: Any, source: str) -> StateDict:
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """Reads a checkpoint file to the CPU, without executing anything in it.
+    """Reads the weights of a checkpoint file to the CPU, without executing anything in it.
 
     Args:
         path: a ``.safetensors`` file, or any file that ``torch.save`` wrote.
+
+    Raises:
+        CheckpointError: see ``read_file``, or there is no state dict in it.
+    """
+    return open_wrappers(read_file(path), str(path))
+
+
+def read_file(path: str | os.PathLike[str], device: str = 'cpu') -> Any:
+    """Reads all that a checkpoint file holds, without executing anything in it.
+
+    Args:
+        path: a ``.safetensors`` file, or any file that ``torch.save`` wrote.
+        device: where the tensors of torch's files go; ``meta`` leaves their values in the file.
 
     Raises:
         CheckpointError: no such file, empty, cut off, of another kind, or a pickle that is more than weights.
@@ -91,9 +108,9 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)  # of foreign pickle protocols; what matters is raised below
             with torch.serialization.safe_globals(harmless_globals()):
-                loaded = torch.load(path, map_location='cpu', weights_only=True)
+                return torch.load(path, map_location=device, weights_only=True)
     except UnpicklingError as error:
-        if 'Unsupported global' in str(error) or 'Unsupported class' in str(error):
+        if 'unsupported global' in str(error).lower() or 'Unsupported class' in str(error):
             name = str(error).split('GLOBAL ')[-1].split(' ')[0]
             raise CheckpointError(
                 f'{path} would run code when loaded ({name}), so it was not; where you trust its origin, load it '
@@ -104,7 +121,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
         if 'TorchScript' in str(error):
             raise CheckpointError(f'{path} is a TorchScript program; save the state_dict() of the module') from error
         raise CheckpointError(f'{path} is cut off or no checkpoint file; fetch or save it again') from error
-    return open_wrappers(loaded, str(path))
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether a file that ``torch.save`` wrote fails its checksums, which reading it does not look at."""
+    if not torch.serialization.get_crc32_options() or not zipfile.is_zipfile(path):  # torch's old format has none
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip() is not None
 
 
 def is_file_name(path: Path) -> bool:
@@ -168,3 +192,14 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Removes what ``write_atomically`` left behind where it was killed.
+
+    Args:
+        folder: of the files.
+        names: a pattern as in ``Path.glob`` for the files that were being written.
+    """
+    for leftover in folder.glob(f'.{names}.{"?" * 8}'):
+        leftover.unlink(missing_ok=True)

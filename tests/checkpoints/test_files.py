@@ -9,7 +9,15 @@ import torch
 
 from beit_plugin.checkpoints import files
 from beit_plugin.checkpoints.convert import CheckpointError
-from beit_plugin.checkpoints.files import open_wrappers, read_state_dict, write_state_dict
+from beit_plugin.checkpoints.files import (
+    is_damaged,
+    open_wrappers,
+    read_file,
+    read_state_dict,
+    remove_leftovers,
+    write_atomically,
+    write_state_dict,
+)
 
 STATE = {'a.weight': torch.randn(3, 5), 'a.bias': torch.randn(3, dtype=torch.float64), 'n': torch.tensor(7)}
 
@@ -87,10 +95,16 @@ def test_something_else(tmp_path, name, content):
         read_state_dict(tmp_path / name)
 
 
-@pytest.mark.parametrize('save', [torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))])
-def test_hostile_pickle_is_not_run(tmp_path, save):
+@pytest.mark.parametrize(
+    ('save', 'sentence'),
+    [
+        (torch.save, r'would run code when loaded \(posix.system\)'),
+        (lambda thing, path: path.write_bytes(pickle.dumps(thing)), 'no checkpoint file'),
+    ],
+)
+def test_hostile_pickle_is_not_run(tmp_path, save, sentence):
     save({'model': STATE['n'], 'evil': Hostile(tmp_path / 'ran')}, tmp_path / 'x.pth')
-    with pytest.raises(CheckpointError, match=r'would run code|no checkpoint file'):
+    with pytest.raises(CheckpointError, match=sentence):
         read_state_dict(tmp_path / 'x.pth')
     assert not (tmp_path / 'ran').exists()
 
@@ -113,3 +127,43 @@ def test_failed_write_keeps_the_old_file(tmp_path, name, monkeypatch):
         write_state_dict({'other': torch.zeros(1)}, tmp_path / name)
     assert_same(read_state_dict(tmp_path / name), STATE)
     assert os.listdir(tmp_path) == [name]
+
+
+def test_all_that_a_file_holds_without_its_values(tmp_path):
+    torch.save({'state_dict': STATE, 'epoch': 3}, tmp_path / 'x.pth')
+    held = read_file(tmp_path / 'x.pth', 'meta')
+    assert held['epoch'] == 3 and held['state_dict'].keys() == STATE.keys()
+    assert all(tensor.is_meta and tensor.shape == STATE[name].shape for name, tensor in held['state_dict'].items())
+
+
+def test_checksums(tmp_path):
+    path = tmp_path / 'x.pth'
+    torch.save({'a': torch.zeros(1000)}, path)
+    assert not is_damaged(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert is_damaged(path) and read_file(path)['a'].any()  # reading sees nothing
+    torch.save({'a': torch.zeros(1000)}, path, _use_new_zipfile_serialization=False)
+    assert not is_damaged(path)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({'a': torch.zeros(1000)}, path)
+        assert not is_damaged(path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Path, 'unlink', lambda *_, **__: None)  # who is killed does not clear up
+        patch.setattr(files.os, 'replace', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_atomically(tmp_path / 'iter_2.pth', lambda path: Path(path).write_bytes(b'half'))
+    kept = ['.iter_2.pth', '.other.pth.abcdefgh', 'iter_2.pth.abcdefgh']
+    for name in kept:
+        (tmp_path / name).touch()
+    assert len(os.listdir(tmp_path)) == 4
+    remove_leftovers(tmp_path, 'iter_*.pth')
+    assert sorted(os.listdir(tmp_path)) == kept
