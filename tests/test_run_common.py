@@ -7,15 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tools_common import SHAPES_CONFIG, image_folder
+from tools_common import SHAPES_CONFIG, cut, image_folder
 
 if importlib.util.find_spec('mmseg') is None:
     pytest.skip("needs the extra: pip install 'beit-plugin[mmseg]'", allow_module_level=True)
 
 import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
+from beit_plugin.mm.transforms import DataFileError
 
 from data_folders import DataError  # isort: skip
-from run_common import _summary, check_data, check_pretrained, evaluate, length, load_config  # isort: skip
+from run_common import _run, _summary, check_pretrained, evaluate, length, load_config, use_mixed_precision  # isort: skip
+from run_data import check_data, report_left_out, set_on_error  # isort: skip
 
 
 def shapes_config(**options: Any) -> Any:
@@ -70,6 +72,45 @@ class TestData:
         assert check_data(cfg.train_dataloader.dataset) == 10
         with pytest.raises(DataError, match='has no test_dataloader: there is nothing to evaluate on'):
             evaluate(cfg, 'https://host/weights.pth', tta=False)
+
+    def test_files_that_are_left_out(self, data, capsys):
+        from mmseg.registry import DATASETS
+
+        cfg = shapes_config()
+        cfg.train_dataloader.dataset.data_root = str(data)
+        wrapped = joined(cfg.train_dataloader.dataset)
+        set_on_error(wrapped, 'skip')
+        (data / 'annotations/training/3.png').unlink()
+        assert check_data(wrapped) == 10
+        dataset = DATASETS.build(wrapped)
+        for _ in range(2):
+            assert len([dataset[i] for i in range(len(dataset))]) == 20
+        report_left_out(dataset)
+        assert capsys.readouterr().out.endswith(f'1 file left out of training: {data / "annotations/training/3.png"}\n')
+        for i in (0, 1, 2, 4):
+            cut(data / f'images/training/{i}.jpg', 0.5)
+        with pytest.raises(DataError, match=r'none of the 5 images of .* that were checked can be used'):
+            check_data(wrapped)
+
+    def test_stock_loading_cannot_leave_files_out(self):
+        dataset = shapes_config().val_dataloader.dataset
+        with pytest.raises(DataError, match='--on-error needs BEiTLoadImageFromFile and BEiTLoadAnnotations in the'):
+            set_on_error(dataset, 'skip')
+
+    def test_the_sentence_of_a_worker(self):
+        def step():
+            raise DataFileError(
+                'Caught DataFileError in ...\nTraceback ...\nbeit_plugin.mm.x.DataFileError: a.jpg is bad\n'
+            )
+
+        with pytest.raises(DataError, match=r'^a\.jpg is bad\.$'):
+            _run(step)
+
+    def test_mixed_precision(self):
+        cfg = shapes_config()
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype='float16')
+        use_mixed_precision(cfg, 'bfloat16')
+        assert cfg.optim_wrapper.type == 'BEiTBF16OptimWrapper' and 'dtype' not in cfg.optim_wrapper
 
     def test_a_model_without_a_backbone_of_that_name(self):
         cfg = shapes_config()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools_common import ROOT, SHAPES_CONFIG, image_folder, width
+from tools_common import ROOT, SHAPES_CONFIG, cut, image_folder, width
 
 from data_folders import DataError  # isort: skip
 from make_shapes import make_shapes  # isort: skip
@@ -101,6 +101,7 @@ class TestRuns:
             r'mIoU single-scale ([\d.]+) multi-scale ([\d.]+)', output.splitlines()[-1]
         ).groups()
         assert '4 training images, 1 validation images' in output and 'effective batch 2' in output
+        assert "num_classes=3, type='BEiTLoadAnnotations'" in (work / SHAPES_CONFIG.name).read_text()
         assert 'System environment' not in output and 'System environment' in next(work.glob('*/*.log')).read_text()
         for name in ('curve.png', 'overlay.png'):
             assert width(work / name) > 500
@@ -154,6 +155,18 @@ log_processor = dict(by_epoch=True)
         unsaved = run(ROOT / 'tools/train.py', *common[:-1], 'none', *options, cwd=tmp_path)
         assert unsaved.splitlines()[-1] == 'no mIoU after 1 epoch, no checkpoint in none'
 
+    def test_files_that_cannot_be_used(self, tmp_path):
+        image_folder(tmp_path / 'data', ('training', 'validation'), values=(0, 1, 7))
+        images, labels = (tmp_path / 'data' / part / 'training' for part in ('images', 'annotations'))
+        cut(images / '1.jpg', 0.5)
+        (labels / '3.png').unlink()
+        skip = ('--data-root', 'data', '--work-dir', 'work', '--on-error', 'skip', '--amp', '--cfg-options', *SHORT)
+        trained = run(ROOT / 'tools/train.py', SHAPES_CONFIG, *skip, cwd=tmp_path)
+        assert trained.count('left out of training, ') == 2 and 'BEiTBF16OptimWrapper' in trained
+        *_, summary, result = trained.splitlines()
+        assert summary == '2 files left out of training: data/annotations/training/3.png, data/images/training/1.jpg'
+        assert re.match(r'mIoU [\d.]+ after 4 iterations', result)
+
     @staticmethod
     def wrong_checkpoints(config: Path, good: Path, folder: Path) -> None:
         """Files that fit in part are refused, at one scale and with the augmentations around the model."""
@@ -197,8 +210,8 @@ log_processor = dict(by_epoch=True)
             ('make_shapes.py', ['/dev/null/shapes'], '/dev/null/shapes cannot be written'),
             pytest.param(
                 'train.py',
-                [SHAPES_CONFIG, '--amp'],
-                '--amp needs a GPU',
+                [SHAPES_CONFIG, '--amp', 'float16'],
+                '--amp float16 needs a GPU',
                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU'),
             ),
         ],

@@ -293,6 +293,9 @@ def use_folders(cfg: Any, folders: Folders, work_dir: Path) -> None:
             metainfo=dict(classes=folders.classes, palette=folders.palette),
             pipeline=loader.dataset.pipeline,
         )
+        for step in dataset['pipeline']:
+            if 'num_classes' in step:  # of BEiTLoadAnnotations
+                step['num_classes'] = len(folders.classes)
         if folders.split_by_us:
             work_dir.mkdir(parents=True, exist_ok=True)
             listing = (work_dir / f'{key}.txt').resolve()

@@ -7,16 +7,16 @@ import itertools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data_folders import DataError, check_values, label_values
+from data_folders import DataError
+from run_data import check_data, data_sets, report_left_out
 
 _RUN_NUMBERS = itertools.count(1)
-MAX_LABELS_CHECKED = 1000  # per data set with their images, spread evenly: some seconds
 # mmengine opens with its whole environment, configuration and hooks; these stay in the log file
 CONSOLE_NOISE = (
     'System environment:',
@@ -104,49 +104,23 @@ def load_config(args: argparse.Namespace) -> Any:
     cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs', Path(args.config).stem))
     if args.data_root is not None:
         for loader in (cfg.get(f'{part}_dataloader') for part in ('train', 'val', 'test')):
-            for dataset in _data_sets(loader.dataset) if loader else ():
+            for dataset in data_sets(loader.dataset) if loader else ():
                 dataset.data_root = str(args.data_root)
     return cfg
 
 
-def _data_sets(dataset_cfg: Any) -> Iterator[Any]:
-    """The data sets inside the wrappers of mmengine and mmsegmentation, which repeat, join or mix them."""
-    inner = [dataset_cfg['dataset']] if 'dataset' in dataset_cfg else dataset_cfg.get('datasets')
-    if inner is None:
-        yield dataset_cfg
-    for cfg in inner or ():
-        yield from _data_sets(cfg)
+def use_mixed_precision(cfg: Any, dtype: str) -> None:
+    """Make a configuration train under autocast; raises DataError for float16 without a GPU."""
+    for key in ('dtype', 'loss_scale', 'use_fsdp'):  # of AmpOptimWrapper alone
+        cfg.optim_wrapper.pop(key, None)
+    if dtype == 'bfloat16':
+        cfg.optim_wrapper.type = 'BEiTBF16OptimWrapper'
+        return
+    from mmengine.device import get_device
 
-
-def check_data(dataset_cfg: Any) -> int:
-    """Number of labelled images of a data set in `BaseSegDataset` style, or of all inside a wrapper, each once.
-
-    Raises:
-        DataError: folders, images or labels are missing or damaged, or labels are outside the classes.
-    """
-    return sum(map(_check_one, _data_sets(dataset_cfg)))
-
-
-def _check_one(dataset_cfg: Any) -> int:
-    root = Path(dataset_cfg.get('data_root') or '.')
-    if not root.is_dir():
-        raise DataError(f'the data root {root} does not exist: give it by --data-root DIR.')
-    from mmseg.registry import DATASETS
-
-    dataset = DATASETS.build({**dataset_cfg, 'pipeline': [], 'lazy_init': True})
-    for key, what in (('img_path', 'images'), ('seg_map_path', 'labels')):
-        if not Path(dataset.data_prefix[key]).is_dir():
-            raise DataError(f'the data root {root} has no {what}: {dataset.data_prefix[key]} does not exist.')
-    pairs = dataset.load_data_list()
-    if not pairs:
-        raise DataError(f'{dataset.data_prefix["img_path"]} holds no *{dataset.img_suffix} images.')
-    missing = [pair['seg_map_path'] for pair in pairs if not Path(pair['seg_map_path']).is_file()]
-    if missing:
-        raise DataError(f'{len(missing)} of {len(pairs)} images have no label: {missing[0]} is missing.')
-    checked = pairs[:: -(-len(pairs) // MAX_LABELS_CHECKED)]
-    found = label_values((Path(pair['img_path']), Path(pair['seg_map_path'])) for pair in checked)
-    check_values(found, len(dataset.metainfo['classes']), dataset.reduce_zero_label)
-    return len(pairs)
+    if get_device() in ('cpu', 'mps'):  # mmengine's AmpOptimWrapper refuses both
+        raise DataError('--amp float16 needs a GPU, and PyTorch finds none on this machine: take --amp bfloat16.')
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=dtype)
 
 
 def check_pretrained(cfg: Any) -> None:
@@ -154,8 +128,9 @@ def check_pretrained(cfg: Any) -> None:
     file = cfg.model.get('backbone', {}).get('pretrained')
     if file is None or '://' in file or Path(file).is_file():
         return
-    variable = re.search(r'pretrained=[\'"]{{\$(\w+)', Path(cfg.filename).read_text())
-    named = f'name it by the environment variable {variable[1]} or' if variable else 'name it'
+    # the text of a file stands behind that of its base
+    variables = re.findall(r'pretrained ?= ?[\'"]{{\$(\w+)', cfg.text)
+    named = f'name it by the environment variable {variables[-1]} or' if variables else 'name it'
     raise DataError(
         f'the pre-trained weights {file} do not exist: {named} by --cfg-options model.backbone.pretrained=FILE '
         '(None: start from random weights).'
@@ -266,11 +241,25 @@ def train(cfg: Any) -> tuple[Path | None, float | None]:
     counts = {name: check_data(loader.dataset) for name, loader in loaders.items() if loader}
     check_pretrained(cfg)
     runner = _start(cfg, counts)
-    runner.train()
+    _run(runner.train)
+    report_left_out(runner.train_dataloader.dataset)
     last = Path(cfg.work_dir, 'last_checkpoint')
     checkpoint = Path(last.read_text().strip()) if last.is_file() else None
     scalars = runner.message_hub.log_scalars
     return checkpoint, scalars['val/mIoU'].current() if 'val/mIoU' in scalars else None
+
+
+def _run(step: Callable[[], Any]) -> None:
+    """Raises DataError with the sentence about a file that cannot be used, which a worker buries in its traceback."""
+    from beit_plugin.checkpoints import CheckpointError
+    from beit_plugin.mm.transforms import DataFileError
+
+    try:
+        step()
+    except CheckpointError as error:
+        raise DataError(f'{error}.') from error
+    except DataFileError as error:
+        raise DataError(f'{str(error).strip().rpartition("DataFileError: ")[2]}.') from error
 
 
 def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
@@ -287,7 +276,7 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     cfg.load_from = None if is_file else str(checkpoint)
     cfg.resume = False  # the copy of a resumed run says True, and would fetch the latest checkpoint instead
     if tta:
-        for dataset in _data_sets(cfg.test_dataloader.dataset):
+        for dataset in data_sets(cfg.test_dataloader.dataset):
             dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model

@@ -8,11 +8,12 @@ import argparse
 import os
 
 import run_common
-from data_folders import DataError
+from run_data import set_on_error
 
 EXAMPLES = """examples:
   python tools/train.py configs/seg/beit-tiny_upernet_shapes.py
   python tools/train.py configs/seg/beit-base_upernet_camvid.py --data-root DIR --amp
+  python tools/train.py CONFIG --on-error skip               leave out images and labels that cannot be used, by name
   python tools/train.py CONFIG --resume                      go on from the last checkpoint of the work directory
   python tools/train.py CONFIG --cfg-options train_cfg.max_iters=1000 optim_wrapper.optimizer.lr=1e-4
   torchrun --nproc_per_node 8 tools/train.py CONFIG --launcher pytorch
@@ -30,7 +31,12 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='bfloat16',
         choices=['bfloat16', 'float16'],
-        help='train in mixed precision on a GPU (default of the option: bfloat16)',
+        help='train in mixed precision (default of the option: bfloat16; float16 needs a GPU)',
+    )
+    parser.add_argument(
+        '--on-error',
+        choices=['raise', 'skip'],
+        help='what to do about a training image or label that cannot be used: stop (default), or take another image',
     )
     run_common.add_common_arguments(parser)
     return parser.parse_args()
@@ -43,11 +49,9 @@ def main() -> None:
     cfg = run_common.load_config(args)
     cfg.resume = args.resume
     if args.amp:
-        from mmengine.device import get_device
-
-        if get_device() in ('cpu', 'mps'):  # mmengine's AmpOptimWrapper refuses both
-            raise DataError('--amp needs a GPU, and PyTorch finds none on this machine: leave it out.')
-        cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=args.amp)
+        run_common.use_mixed_precision(cfg, args.amp)
+    if args.on_error:
+        set_on_error(cfg.train_dataloader.dataset, args.on_error)
     checkpoint, miou = run_common.train(cfg)
     if os.environ.get('RANK', '0') == '0':
         result = 'no mIoU' if miou is None else f'mIoU {miou:.2f}'

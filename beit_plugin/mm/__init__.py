@@ -29,14 +29,21 @@ allow_cpu_launch()
 read_every_dialect()
 skip_broken_multimodal()
 
+from .amp import BEiTBF16OptimWrapper  # noqa: E402
 from .backbone import BEiTBackbone  # noqa: E402
 from .neck import BEiTPyramid  # noqa: E402
 from .optim import BEiTLayerDecayConstructor  # noqa: E402
+from .resume import BEiTResumeHook  # noqa: E402
 
-__all__ = ['BEiTBackbone', 'BEiTLayerDecayConstructor', 'BEiTPyramid']
+__all__ = ['BEiTBF16OptimWrapper', 'BEiTBackbone', 'BEiTLayerDecayConstructor', 'BEiTPyramid', 'BEiTResumeHook']
 
-if find_spec('mmseg') is not None:  # detectors need no segmentation heads
+if find_spec('mmseg') is not None:  # detectors need no segmentation heads and labels
     from .decode_head import BEiTFCNHead as BEiTFCNHead
     from .decode_head import BEiTUPerHead as BEiTUPerHead
+    from .segmentor import BEiTSegmentor as BEiTSegmentor
+    from .transforms import BEiTLoadAnnotations as BEiTLoadAnnotations
+    from .transforms import BEiTLoadImageFromFile as BEiTLoadImageFromFile
+    from .tta import BEiTSegTTAModel as BEiTSegTTAModel
 
-    __all__ += ['BEiTFCNHead', 'BEiTUPerHead']
+    __all__ += ['BEiTFCNHead', 'BEiTLoadAnnotations', 'BEiTLoadImageFromFile', 'BEiTUPerHead']
+    __all__ += ['BEiTSegTTAModel', 'BEiTSegmentor']

@@ -4,8 +4,8 @@ data_root = '{{$ADE20K_ROOT:data/ade/ADEChallengeData2016}}'
 scale = (2560, 640)  # long side at most, short side
 
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
+    dict(type='BEiTLoadImageFromFile'),  # on_error='skip' in both: go on without files that cannot be used
+    dict(type='BEiTLoadAnnotations', num_classes=150),
     dict(type='RandomResize', scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(640, 640), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),

@@ -44,7 +44,7 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
     ),
     auxiliary_head=dict(
-        type='FCNHead',
+        type='BEiTFCNHead',
         in_channels=768,
         in_index=2,
         channels=256,

@@ -11,20 +11,12 @@ Expected  mIoU 53.6 single-scale, 54.2 multi-scale (unilm); mmsegmentation's own
 Data      ADE20K_ROOT=.../ADEChallengeData2016, or --data-root
 """
 
-_base_ = ['../_base_/upernet_beit.py', '../_base_/ade20k_640.py', '../_base_/runtime.py']
+_base_ = [
+    '../_base_/upernet_beit.py',
+    '../_base_/ade20k_640.py',
+    '../_base_/ade20k_160k.py',
+    '../_base_/runtime.py',
+]
 
 model = dict(backbone=dict(pretrained='{{$BEIT_BASE_WEIGHTS:pretrain/beit_base_patch16_224_pt22k_ft22k.pth}}'))
-
-max_iters = 160000
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-5, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor='BEiTLayerDecayConstructor',
-    paramwise_cfg=dict(num_layers=12, decay_rate=0.9),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=max_iters),
-]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=16000)
-sync_bn = 'torch'  # batch statistics over all GPUs, as published; on CPU: --cfg-options sync_bn=None
+optim_wrapper = dict(optimizer=dict(lr=3e-5), paramwise_cfg=dict(num_layers=12, decay_rate=0.9))

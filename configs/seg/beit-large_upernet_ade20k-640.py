@@ -15,20 +15,8 @@ Data      ADE20K_ROOT=.../ADEChallengeData2016, or --data-root
 
 _base_ = './beit-base_upernet_ade20k-640.py'
 
-model = dict(
-    backbone=dict(
-        pretrained='{{$BEIT_LARGE_WEIGHTS:pretrain/beit_large_patch16_224_pt22k_ft22k.pth}}',
-        embed_dims=1024,
-        num_layers=24,
-        num_heads=16,
-        out_indices=(7, 11, 15, 23),
-        drop_path_rate=0.2,
-        init_values=1e-6,
-    ),  # replaced by the weights, which were trained from 1e-5
-    neck=dict(embed_dim=1024),
-    decode_head=dict(in_channels=[1024, 1024, 1024, 1024], channels=1024),
-    auxiliary_head=dict(in_channels=1024),
-)
+model = _base_.large
+model.backbone.pretrained = '{{$BEIT_LARGE_WEIGHTS:pretrain/beit_large_patch16_224_pt22k_ft22k.pth}}'
 
 train_dataloader = dict(batch_size=1)
 max_iters = 320000

@@ -37,8 +37,8 @@ model = dict(
 )
 
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
+    dict(type='BEiTLoadImageFromFile'),
+    dict(type='BEiTLoadAnnotations', num_classes=len(classes)),
     dict(type='RandomResize', scale=scale, ratio_range=(0.75, 1.5), keep_ratio=True),
     dict(type='RandomCrop', crop_size=(size, size), cat_max_ratio=0.9),
     dict(type='RandomFlip', prob=0.5),

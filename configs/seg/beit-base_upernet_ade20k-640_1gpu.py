@@ -1,0 +1,11 @@
+"""The recipe of the same name without _1gpu, on one GPU: batch 2, 8 times a step, bfloat16, checkpointing.
+
+Recipe    the same 160k steps of 16 images, but batch statistics of 2; where 16 images fit, take the other file and
+          --cfg-options train_dataloader.batch_size=16
+Command   python tools/train.py THIS_FILE
+Hardware  one GPU of 8 GB: 4.0 GiB of tensors by count (PyTorch's MemTracker), not yet measured
+"""
+
+_base_ = './beit-base_upernet_ade20k-640.py'
+
+globals().update(_base_.one_gpu)
