@@ -94,6 +94,37 @@ def test_models(what, tmp_path):
     assert width(tmp_path / 'here/results.png') > 800
 
 
+@pytest.mark.skipif(importlib.util.find_spec('mmseg') is None, reason="needs the extra: 'beit-plugin[mmseg]'")
+def test_evaluation(tmp_path):
+    bench('evaluation', '--variant', 'tiny', '--sizes', '32x64:1', '--only', 'windows', cwd=tmp_path)
+    rows = read(tmp_path / 'benchmark')['rows']
+    assert [row['name'] for row in rows] == ['mmsegmentation, windows', 'ours, windows']
+    for row in rows:
+        assert row['forward']['images_per_s'] == pytest.approx(1e3 / row['forward']['ms']) and 'train' not in row
+    assert '| labels, ms | images/s | peak, labels, MiB |' in (tmp_path / 'benchmark/results.md').read_text()
+    assert width(tmp_path / 'benchmark/results.png') > 400
+
+
+@pytest.mark.filterwarnings('ignore:The shape of value will convert:UserWarning')  # mmsegmentation's SegTTAModel
+@pytest.mark.parametrize('augmented', [False, True])
+def test_evaluations_agree(augmented):
+    pytest.importorskip('mmengine', reason="needs the extra: 'beit-plugin[mmseg]'")
+    import benchmark_evaluation
+    import benchmark_models
+    from mmseg.structures import SegDataSample
+
+    benchmark_models.import_mm()
+    s = setting()
+    stock, ours = (benchmark_evaluation._model(s, ours, augmented) for ours in (False, True))
+    ours.load_state_dict(stock.state_dict())
+    data = benchmark_evaluation._views(s, augmented)
+    results = [model.eval().test_step(benchmark_evaluation._fresh(data)) for model in (stock, ours)]
+    assert all(isinstance(sample, SegDataSample) for sample in results[0]) and len(results[0]) == 3
+    for a, b in zip(*results, strict=True):
+        assert a.pred_sem_seg.data.shape == (1, 64, 32)
+        assert (a.pred_sem_seg.data == b.pred_sem_seg.data).float().mean() > 0.999
+
+
 def setting(**options):
     import benchmark_cases
 
@@ -250,7 +281,9 @@ TINY = ('--model', 'beit_plugin_tiny_patch16_224', '--size', 32, '--batch-size',
 
 def test_compare_training(photographs, tmp_path):
     settings = ('--settings', 'eager:float32', 'sdpa:float32')
-    said = tool('compare_training', photographs, *TINY, '--steps', 2, '--seeds', 2, *settings, cwd=tmp_path)
+    said = tool(
+        'compare_training', photographs, *TINY, '--steps', 2, '--seeds', 2, '--jobs', 2, *settings, cwd=tmp_path
+    )
     results = json.loads((tmp_path / 'training/curves.json').read_text())
     first, other, seed, _ = results['runs']
     assert [(run['setting'], run['seed']) for run in results['runs']] == [

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time our attention, encoder, segmentor and masked image model against the peers and a ViT without a bias, in one run.
+"""Time our attention, models and evaluation against the peers, and models against a ViT without a bias, in one run.
 
 Writes the numbers (results.json, after every row), a table (results.md) and a plot of time and memory against the
 number of tokens (results.png) to the folder --out. Runs on a GPU, or on the CPU at sizes that it can bear. What fails
@@ -27,16 +27,19 @@ EXAMPLES = """examples:
   python tools/benchmark.py encoder --sizes 224:128 640:16 --compile off default reduce-overhead
   python tools/benchmark.py encoder --variant large --sizes 512:16 --skip mmseg --seconds 2
   python tools/benchmark.py segmentor --sizes 640:8 --only ours transformers
+  python tools/benchmark.py evaluation --sizes 1024x2048:1 --backends auto         with mmsegmentation
   python tools/benchmark.py mim --backends auto
   python tools/benchmark.py encoder --variant tiny --sizes 224:2 --dtype float32   on a CPU
 """
 DEFAULT_SIZES = {
     'attention': '224:128 640:16 1024:4', 'encoder': '224:128 640:16 1024:4', 'segmentor': '640:8', 'mim': '224:128',
+    'evaluation': '1024x2048:1',
 }  # fmt: skip
 COMPILE = ('off', 'default', 'max-autotune', 'reduce-overhead')
 PEERS = {
     'encoder': ('transformers', 'mmseg'), 'segmentor': ('transformers', 'mmseg'), 'mim': ('transformers', 'mmpretrain'),
 }  # fmt: skip
+NAMES = {'forward': 'forward', 'train': 'training'}
 GRAPHS = ('max-autotune', 'reduce-overhead')  # of these, those that record CUDA graphs
 
 
@@ -81,6 +84,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=Path('benchmark'), metavar='DIR')
     args = parser.parse_args()
     args.sizes = args.sizes or [size(text) for text in DEFAULT_SIZES[args.what].split()]
+    if args.what == 'evaluation' and find_spec('mmseg') is None:
+        parser.error("evaluation is mmsegmentation's: pip install 'beit-plugin[mmseg]'")
     if args.what == 'attention' and 'auto' in args.backends:
         parser.error('--backends auto belongs to models; attention is measured by backend')
     return args
@@ -123,8 +128,11 @@ def measure(case: Any, clock: Any, mode: str) -> dict[str, Any]:
     case.switch(training=False)
     with torch.no_grad():
         forward = clock.measure(lambda: case.forward(call), reset, **options)
-    case.switch(training=True)
-    row = dict(forward=forward, train=clock.measure(lambda: case.train(call), reset, **options))
+    row = dict(forward=forward)
+    if case.train is not None:
+        train = case.train
+        case.switch(training=True)
+        row['train'] = clock.measure(lambda: train(call), reset, **options)
     if mode != 'off':
         row['graph_breaks'] = sum(torch._dynamo.utils.counters['graph_break'].values())
     return row
@@ -149,8 +157,11 @@ def measure_row(
         row = dict(failed=said, traceback=traceback.format_exc()[-3000:])
     else:
         for key in ('forward', 'train'):
-            tflops = flops[key] / row[key]['ms'] / 1e9
-            row[key] |= dict(tflops=tflops, share=tflops / ceiling, images_per_s=batch / row[key]['ms'] * 1e3)
+            if key in row:
+                row[key]['images_per_s'] = batch / row[key]['ms'] * 1e3
+            if key in flops:
+                tflops = flops[key] / row[key]['ms'] / 1e9
+                row[key] |= dict(tflops=tflops, share=tflops / ceiling)
     return row
 
 
@@ -160,14 +171,15 @@ def line(row: dict[str, Any]) -> str:
     start = f'{height}x{width} x{row["batch"]:<4}{row["dtype"]}, compile {row["compile"]:<8} {row["name"]:<30}'
     if 'failed' in row:
         return start + row['failed']
-    forward, train = row['forward'], row['train']
-    memory = '' if train['mib'] is None else f'   peak {train["mib"]:8.0f} MiB'
-    return f'{start}forward {forward["ms"]:9.3f} ms   training {train["ms"]:9.3f} ms{memory}'
+    told = [f'{name} {row[key]["ms"]:9.3f} ms' for key, name in NAMES.items() if key in row]
+    mib = row.get('train', row['forward'])['mib']
+    return start + '   '.join(told if mib is None else [*told, f'peak {mib:8.0f} MiB'])
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """All numbers, with what they were measured on; written after each row."""
     import benchmark_cases
+    import benchmark_evaluation
     import benchmark_models
     import benchmark_report
     import torch
@@ -177,8 +189,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         warnings.filterwarnings('ignore', message=message)
     torch.manual_seed(0)
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    attention = args.what == 'attention'
-    cases = benchmark_cases.attention_cases if attention else getattr(benchmark_models, f'{args.what}_cases')
+    attention, evaluation = args.what == 'attention', args.what == 'evaluation'
+    module = benchmark_cases if attention else benchmark_evaluation if evaluation else benchmark_models
+    cases = getattr(module, f'{args.what}_cases')
     results: dict[str, Any] = dict(
         date=str(date.today()), command=' '.join(sys.argv[1:]), hardware=benchmark_report.hardware(str(device)),
         versions=benchmark_report.versions(), ceilings={}, rows=[],
@@ -202,7 +215,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             n, tflops = matmul_ceiling(device, setting.dtype)
             results['ceilings'][name] = dict(n=n, tflops=tflops)
         count = benchmark_cases.attention_flops if attention else partial(benchmark_models.model_flops, args.what)
-        flops = {key: count(setting, training=key == 'train') for key in ('forward', 'train')}
+        flops = {} if evaluation else {key: count(setting, training=key == 'train') for key in NAMES}
         makers = chosen(cases(setting), args.only, args.skip)
         for mode, (label, make) in product(args.compile, makers.items()):
             row = dict(

@@ -21,13 +21,13 @@ class Case(NamedTuple):
     Attributes:
         call: a model or a function; what torch.compile takes.
         forward: runs it once, given ``call`` or what torch.compile made of it.
-        train: likewise, forward and backward.
+        train: likewise, forward and backward; None for what is no step of a training.
         parameters: what gets gradients.
     """
 
     call: Callable[..., Any]
     forward: Callable[[Callable[..., Any]], Any]
-    train: Callable[[Callable[..., Any]], Any]
+    train: Callable[[Callable[..., Any]], Any] | None
     parameters: list[Tensor]
 
     def switch(self, training: bool) -> None:

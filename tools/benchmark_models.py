@@ -15,6 +15,7 @@ from torch import Tensor, nn
 CLASSES, VOCABULARY = 150, 8192  # ADE20K; DALL-E's tokens
 MASKED = 75 / 196  # of the patches: BEiT, arXiv:2106.08254, section 2.3
 TABLE_STD = 0.5  # of the random bias tables
+BLOCKS = ((3, 5, 7, 11), (7, 11, 15, 23))  # that the pyramid reads, of 12 and of 24: published configurations
 
 
 class Called(nn.Module):
@@ -52,7 +53,7 @@ def _mm_sizes(s: Setting) -> dict[str, Any]:
     return dict(embed_dims=size['embed_dim'], num_layers=size['depth'], num_heads=size['num_heads'])
 
 
-def _import_mm() -> None:
+def import_mm() -> None:
     import beit_plugin.mm  # noqa: F401  makes mmseg and mmpretrain importable without a compiled mmcv
 
 
@@ -60,6 +61,36 @@ def _mmseg_backbone(s: Setting, out_indices: tuple[int, ...]) -> dict[str, Any]:
     return dict(
         type='BEiT', img_size=(s.height, s.width), out_indices=out_indices, init_values=_sizes(s)['init_values'],
         norm_cfg=dict(type='LN', eps=1e-6), drop_path_rate=0.0, **_mm_sizes(s),
+    )  # fmt: skip
+
+
+def randomize_tables(model: nn.Module) -> None:
+    """Bias tables as a trained model has them, in place of zeros."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith('relative_position_bias_table'):  # the same name in all libraries
+                parameter.normal_(std=TABLE_STD)
+
+
+def mmseg_segmentor(s: Setting) -> dict[str, Any]:
+    """Configuration of mmsegmentation's upernet_beit.py, whole images, for ADE20K's classes."""
+    size = _sizes(s)
+    dim, blocks = size['embed_dim'], BLOCKS[size['depth'] == 24]
+    norm_cfg = dict(type='BN', requires_grad=True)  # SyncBN of one process is this
+    head = dict(num_classes=CLASSES, dropout_ratio=0.1, norm_cfg=norm_cfg, align_corners=False)
+    return dict(
+        type='EncoderDecoder',
+        backbone=_mmseg_backbone(s, blocks),
+        neck=dict(type='Feature2Pyramid', embed_dim=dim, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
+        decode_head=dict(
+            type='UPerHead', in_channels=[dim] * 4, in_index=[0, 1, 2, 3], pool_scales=(1, 2, 3, 6), channels=dim,
+            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0), **head,
+        ),
+        auxiliary_head=dict(
+            type='FCNHead', in_channels=dim, in_index=2, channels=256, num_convs=1, concat_input=False,
+            loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4), **head,
+        ),
+        test_cfg=dict(mode='whole'),
     )  # fmt: skip
 
 
@@ -77,10 +108,7 @@ def model_case(
     with s.device:  # initialised there, which the CPU would need seconds for
         model = make()
     model.to(s.device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith('relative_position_bias_table'):  # the same name in all libraries
-                parameter.normal_(std=TABLE_STD)
+    randomize_tables(model)
     x = torch.randn(s.batch, 3, s.height, s.width, device=s.device)  # the loaders' dtype
 
     def run(call: Callable[..., Tensor], *rest: Any) -> Tensor:
@@ -119,7 +147,7 @@ def encoder_cases(s: Setting) -> Makers:
         return Called(BeitModel(config, add_pooling_layer=False), lambda m, x: m(x).last_hidden_state)
 
     def mmseg() -> nn.Module:
-        _import_mm()
+        import_mm()
         from mmseg.registry import MODELS
 
         return Called(MODELS.build(_mmseg_backbone(s, (_sizes(s)['depth'] - 1,))), lambda m, x: m(x)[-1])
@@ -138,8 +166,7 @@ def segmentor_cases(s: Setting) -> Makers:
     mmsegmentation's upernet_beit.py, whose loss also counts its accuracy. The bound is ours without a bias.
     """
     size = _sizes(s)
-    dim, deep = size['embed_dim'], size['depth'] == 24
-    blocks = (7, 11, 15, 23) if deep else (3, 5, 7, 11)  # of the published configurations
+    blocks = BLOCKS[size['depth'] == 24]
     labels = torch.randint(CLASSES, (s.batch, s.height, s.width), device=s.device)
 
     def ours(**options: Any) -> Case:
@@ -160,28 +187,13 @@ def segmentor_cases(s: Setting) -> Makers:
         return model_case(lambda: Called(BeitForSemanticSegmentation(config), call), s, targets=(labels,))
 
     def mmseg() -> Case:
-        _import_mm()
+        import_mm()
         from mmengine.structures import PixelData
         from mmseg.registry import MODELS
         from mmseg.structures import SegDataSample
 
         samples = [SegDataSample(gt_sem_seg=PixelData(data=label[None])) for label in labels]
-        norm_cfg = dict(type='BN', requires_grad=True)  # SyncBN of one process is this
-        head = dict(num_classes=CLASSES, dropout_ratio=0.1, norm_cfg=norm_cfg, align_corners=False)
-        cfg = dict(
-            type='EncoderDecoder',
-            backbone=_mmseg_backbone(s, blocks),
-            neck=dict(type='Feature2Pyramid', embed_dim=dim, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
-            decode_head=dict(
-                type='UPerHead', in_channels=[dim] * 4, in_index=[0, 1, 2, 3], pool_scales=(1, 2, 3, 6), channels=dim,
-                loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0), **head,
-            ),
-            auxiliary_head=dict(
-                type='FCNHead', in_channels=dim, in_index=2, channels=256, num_convs=1, concat_input=False,
-                loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4), **head,
-            ),
-            test_cfg=dict(mode='whole'),
-        )  # fmt: skip
+        cfg = mmseg_segmentor(s)
 
         def call(model: nn.Module, x: Tensor, y: list[Any] | None = None) -> Tensor:
             if y is None:
@@ -227,7 +239,7 @@ def mim_cases(s: Setting) -> Makers:
         )
 
     def mmpretrain() -> Case:
-        _import_mm()
+        import_mm()
         from mmpretrain.registry import MODELS
 
         size, sizes = _sizes(s), _mm_sizes(s)

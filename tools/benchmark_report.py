@@ -104,7 +104,7 @@ def curves(results: Row, key: str, value: str) -> dict[str, list[tuple[int, floa
     """(N, value per image) by label; ``key`` is forward or train, ``value`` ms or mib."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in measured(results):
-        if row[key][value]:
+        if key in row and row[key][value]:
             found.setdefault(label(results, row), []).append((row['tokens'], row[key][value] / row['batch']))
     return {name: sorted(points) for name, points in found.items()}
 
@@ -132,6 +132,8 @@ def _heading(results: Row) -> list[str]:
     )
     if what == 'attention':
         notes += 'On a GPU in half precision the rows without a bias are held to flash attention.'
+    elif what == 'evaluation':
+        notes += 'Images come from the memory of the CPU. Memory is the peak above the weights.'
     else:
         notes += (
             'Training is forward and backward without an optimiser. TFLOP/s: the same operations for all rows of a '
@@ -143,11 +145,17 @@ def _heading(results: Row) -> list[str]:
 
 def table(results: Row) -> str:
     """All rows as Markdown, with hardware, versions, the ceiling, and the exponents of time against N."""
-    models = results['options']['what'] != 'attention'
+    what = results['options']['what']
+    models, parts = what != 'attention', {'forward': 'forward', 'train': 'forward + backward'}
+    if models:
+        parts = {'forward': 'inference', 'train': 'training'}
+    if what == 'evaluation':
+        parts = {'forward': 'labels'}
+    last = list(parts)[-1]
     columns = ['pixels, batch', 'N', '']
-    for name in ('inference', 'training') if models else ('forward', 'forward + backward'):
-        columns += [f'{name}, ms', *(['images/s'] if models else []), 'TFLOP/s']
-    columns.append('peak, training, MiB' if models else 'peak above the inputs, MiB')
+    for name in parts.values():
+        columns += [f'{name}, ms', *(['images/s'] if models else []), *([] if what == 'evaluation' else ['TFLOP/s'])]
+    columns.append(f'peak, {parts[last]}, MiB' if models else 'peak above the inputs, MiB')
     lines = [*_heading(results), f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
     first: dict[Any, Row] = {}
     for row in results['rows']:
@@ -158,12 +166,12 @@ def table(results: Row) -> str:
             cells += [row['failed'].replace('|', '/')[:LONGEST_REASON]] + [''] * (len(columns) - 4)
         else:
             bound = first.setdefault(_group(row), row)
-            for key in ('forward', 'train'):
+            for key in parts:
                 part = row[key]
                 cells.append(_times(part['ms'], bound[key]['ms'], 3))
                 cells += [f'{part["images_per_s"]:.4g}'] if models else []
-                cells.append(f'{part["tflops"]:.3g} ({100 * part["share"]:.0f} %)')
-            cells.append(_times(row['train']['mib'], bound['train']['mib'], 0))
+                cells += [f'{part["tflops"]:.3g} ({100 * part["share"]:.0f} %)'] if 'tflops' in part else []
+            cells.append(_times(row[last]['mib'], bound[last]['mib'], 0))
         lines.append(f'| {" | ".join(cells)} |')
     fits = [
         f'{name}: {", ".join(f"{a:.2f}" for a in powers if a is not None)}'

@@ -14,7 +14,9 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import stdev
 from typing import Any, NamedTuple
@@ -24,9 +26,8 @@ from run_common import run
 
 EXAMPLES = """examples:
   python tools/compare_training.py data/hymenoptera
-  python tools/compare_training.py data/hymenoptera --settings eager:float32 sdpa:float16 --steps 100 --seeds 5
-  python tools/compare_training.py data/hymenoptera --model beit_plugin_tiny_patch16_224 --size 64 --steps 20 \\
-      --settings eager:float32 sdpa:bfloat16 --device cpu
+  python tools/compare_training.py data/hymenoptera --seeds 8 --jobs 4        four at a time, where the CPU has cores
+  python tools/compare_training.py data/hymenoptera --size 64 --steps 20 --settings eager:float32 sdpa:bfloat16
 """
 BACKENDS, DTYPES = ('auto', 'eager', 'sdpa', 'fused'), ('float32', 'bfloat16', 'float16')
 DROP_PATH, WEIGHT_DECAY = 0.1, 0.05  # BEiT's fine-tuning of the base model, unilm beit/README.md
@@ -79,6 +80,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=positive, default=224, metavar='PIXELS', help='(default: 224)')
     parser.add_argument('--device', default=None, help='default: cuda if there is one, else cpu')
     parser.add_argument('--workers', type=int, default=None, help='processes that load images (default: 8, on a CPU 0)')
+    parser.add_argument(
+        '--jobs', type=positive, default=1, metavar='N', help='trainings at a time, each with its workers (default: 1)'
+    )
     parser.add_argument('--out', type=Path, default=Path('training'), metavar='DIR')
     return parser.parse_args()
 
@@ -220,6 +224,14 @@ def train(
     return dict(setting=str(one), seed=seed, final=final, seconds_per_step=seconds, losses=values)
 
 
+def train_apart(args: argparse.Namespace, one: Setting, seed: int) -> dict[str, Any]:
+    """``train`` in a process of its own."""
+    import torch
+
+    images, classes = read_images(args.data, args.size)
+    return train(args, one, seed, images, len(classes), torch.device(args.device))
+
+
 def by_setting(runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The runs of each setting, the reference first."""
     found: dict[str, list[dict[str, Any]]] = {}
@@ -303,8 +315,14 @@ def main() -> None:
     # all settings with one seed after the other: what is cut short can still be compared
     todo = [(one, seed) for seed in range(args.seeds) for one in args.settings]
     args.out.mkdir(parents=True, exist_ok=True)
-    for one, seed in todo:
-        results['runs'].append(train(args, one, seed, images, len(classes), device))
+    args.device = str(device)
+    if args.jobs == 1:
+        runs = (train(args, one, seed, images, len(classes), device) for one, seed in todo)
+    else:
+        pool = ProcessPoolExecutor(args.jobs, get_context('spawn'))
+        runs = pool.map(train_apart, [args] * len(todo), *zip(*todo, strict=True))
+    for trained in runs:
+        results['runs'].append(trained)
         results['verdict'] = compare(results['runs'])
         (args.out / 'curves.json').write_text(json.dumps(results) + '\n')
     plot(results, args.out / 'curves.png')

@@ -2,7 +2,8 @@
 """Pictures of a training run: curve.png (loss and mIoU) and overlay.png (image, ground truth, prediction).
 
 WORK_DIR is what tools/train.py or mmsegmentation's train.py wrote; the pictures go there. The overlay needs the data,
-the last checkpoint and the copy of the configuration that training left there.
+the last checkpoint and the copy of the configuration that training left there. Several WORK_DIRs, of the same data,
+share one picture, comparison.png in the first of them: losses, mIoU against the time of training, and predictions.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import run_common
 from data_folders import IGNORED, DataError, read_label
 from PIL import Image
 
-CURVE, OVERLAY = 'curve.png', 'overlay.png'
+CURVE, OVERLAY, COMPARISON = 'curve.png', 'overlay.png', 'comparison.png'
 OPACITY = 0.75  # of the class colours over the grey image
 COLUMN = 2.7  # inches
 
@@ -71,13 +72,8 @@ def paint(image: np.ndarray, label: np.ndarray, palette: np.ndarray) -> np.ndarr
     return painted.astype(np.uint8)
 
 
-def plot_overlay(cfg: Any, checkpoint: Path, count: int = 6) -> Path:
-    """Image, ground truth and single-scale prediction of `count` validation images; returns the picture's path."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch
+def predict(cfg: Any, checkpoint: Path, count: int) -> tuple[list[list[np.ndarray]], Any]:
+    """Image, ground truth and single-scale prediction of `count` validation images; and the data set."""
     from mmengine.device import get_device
     from mmseg.apis import inference_model, init_model
     from mmseg.registry import DATASETS
@@ -96,23 +92,115 @@ def plot_overlay(cfg: Any, checkpoint: Path, count: int = 6) -> Path:
         if dataset.reduce_zero_label:
             truth = np.where((truth == 0) | (truth == IGNORED), IGNORED, truth - 1)
         prediction = inference_model(model, pair['img_path']).pred_sem_seg.data[0].cpu().numpy()
-        rows.append((image, paint(image, truth, palette), paint(image, prediction, palette)))
+        rows.append([image, paint(image, truth, palette), paint(image, prediction, palette)])
+    return rows, dataset
 
-    tallest = max(image.shape[0] / image.shape[1] for image, *_ in rows)
-    size = (3 * COLUMN, min(1.2, tallest) * COLUMN * len(rows) + 1)
-    figure, axes = plt.subplots(len(rows), 3, figsize=size, squeeze=False, layout='constrained')
+
+def draw(figure: Any, rows: list[list[np.ndarray]], titles: list[str], dataset: Any) -> None:
+    """Panels of equal rows, and the legend of the classes, in a figure or a part of one."""
+    from matplotlib.patches import Patch
+
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for axis, panel in zip(axes.flat, itertools.chain(*rows), strict=True):
         axis.imshow(panel)
         axis.axis('off')
-    for axis, title in zip(axes[0], ('image', 'ground truth', 'prediction'), strict=True):
+    for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title)
+    palette = np.array(dataset.metainfo['palette'], np.uint8)
     patches = [Patch(color=c / 255, label=n) for c, n in zip(palette, dataset.metainfo['classes'], strict=True)]
     patches.append(Patch(color='black', label='ignored'))
     figure.legend(handles=patches, loc='outside lower center', ncols=min(6, len(patches)), fontsize='small')
+
+
+def height_of(rows: list[list[np.ndarray]]) -> float:
+    """Inches that the panels take."""
+    tallest = max(image.shape[0] / image.shape[1] for image, *_ in rows)
+    return min(1.2, tallest) * COLUMN * len(rows) + 1
+
+
+def plot_overlay(cfg: Any, checkpoint: Path, count: int = 6) -> Path:
+    """Image, ground truth and prediction of `count` validation images; returns the picture's path."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    rows, dataset = predict(cfg, checkpoint, count)
+    figure = plt.figure(figsize=(3 * COLUMN, height_of(rows)), layout='constrained')
+    draw(figure, rows, ['image', 'ground truth', 'prediction'], dataset)
     path = Path(cfg.work_dir) / OVERLAY
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def minutes(rows: list[dict[str, float]]) -> dict[int, float]:
+    """Minutes of training up to each logged step, from the seconds per iteration that were logged; no validation."""
+    found, before, total = {0: 0.0}, 0, 0.0
+    for row in rows:
+        if 'time' in row and 'loss' in row:
+            step = int(row['step'])
+            total += (step - before) * row['time'] / 60
+            before = step
+            found[step] = total
+    return found
+
+
+def plot_comparison(work_dirs: list[Path], count: int) -> Path:
+    """Curves of several runs, and their predictions side by side; returns the picture's path."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    names = [path.name for path in work_dirs]
+    rows: list[list[np.ndarray]] = []
+    dataset = None
+    for path in work_dirs if count else []:
+        found, dataset = predict(*configuration(path), count)
+        rows = [[*row, new[2]] for row, new in zip(rows, found, strict=True)] if rows else found
+    high = 4.0  # inches of the curves
+    size = ((2 + len(names)) * COLUMN, high + (height_of(rows) if rows else 0))
+    figure = plt.figure(figsize=size, layout='constrained')
+    parts = figure.subfigures(2, 1, height_ratios=[high, height_of(rows)]) if rows else [figure]
+    left, right = parts[0].subplots(1, 2)
+    for path in work_dirs:
+        scalars = read_scalars(path)
+        clock = minutes(scalars)
+        losses = [(row['step'], row['loss']) for row in scalars if 'loss' in row]
+        left.plot(*zip(*losses, strict=True), label=path.name)
+        scores = [(clock[max(step for step in clock if step <= row['step'])], row['mIoU']) for row in scalars
+                  if 'mIoU' in row]  # fmt: skip
+        if scores:
+            right.plot(*zip(*scores, strict=True), marker='o', label=f'{path.name}: {scores[-1][1]:.1f}')
+    left.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
+    right.set(xlabel='minutes of training, without validation', ylabel='validation mIoU (%)', xlim=(0, None))
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend()
+    if rows:
+        draw(parts[1], rows, ['image', 'ground truth', *names], dataset)
+    path = work_dirs[0] / COMPARISON
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def configuration(work_dir: Path) -> tuple[Any, Path]:
+    """Configuration and last checkpoint that a training left.
+
+    Raises:
+        DataError: they are not there.
+    """
+    from mmengine.config import Config
+
+    configs, last = sorted(work_dir.glob('*.py')), work_dir / 'last_checkpoint'
+    if len(configs) != 1 or not last.is_file():
+        raise DataError(f'{work_dir} must hold one configuration and a checkpoint for the overlay: use --images 0.')
+    cfg = Config.fromfile(configs[0])
+    cfg.work_dir = str(work_dir)
+    return cfg, Path(last.read_text().strip())
 
 
 def main() -> None:
@@ -120,9 +208,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='Example: python tools/plot_run.py work_dirs/beit-tiny_upernet_shapes --images 8',
+        epilog='Examples:\n  python tools/plot_run.py work_dirs/beit-tiny_upernet_shapes --images 8\n'
+        '  python tools/plot_run.py work_dirs/ours work_dirs/theirs',
     )
-    parser.add_argument('work_dir', type=Path, metavar='WORK_DIR')
+    parser.add_argument('work_dirs', type=Path, nargs='+', metavar='WORK_DIR')
     parser.add_argument(
         '--images',
         type=int,
@@ -131,18 +220,12 @@ def main() -> None:
         help='validation images in the overlay (default: 6; 0: no overlay)',
     )
     args = parser.parse_args()
-    print(plot_curve(args.work_dir))
+    if len(args.work_dirs) > 1:
+        print(plot_comparison(args.work_dirs, max(0, args.images)))
+        return
+    print(plot_curve(args.work_dirs[0]))
     if args.images > 0:
-        from mmengine.config import Config
-
-        configs, last = sorted(args.work_dir.glob('*.py')), args.work_dir / 'last_checkpoint'
-        if len(configs) != 1 or not last.is_file():
-            raise DataError(
-                f'{args.work_dir} must hold one configuration and a checkpoint for the overlay: use --images 0.'
-            )
-        cfg = Config.fromfile(configs[0])
-        cfg.work_dir = str(args.work_dir)
-        print(plot_overlay(cfg, Path(last.read_text().strip()), args.images))
+        print(plot_overlay(*configuration(args.work_dirs[0]), args.images))
 
 
 if __name__ == '__main__':

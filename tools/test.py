@@ -12,7 +12,7 @@ import run_common
 
 EXAMPLES = """examples:
   python tools/test.py configs/seg/beit-tiny_upernet_shapes.py work_dirs/beit-tiny_upernet_shapes/iter_400.pth
-  python tools/test.py CONFIG CHECKPOINT --tta
+  python tools/test.py CONFIG CHECKPOINT --tta --amp
   python tools/test.py CONFIG CHECKPOINT --out predictions      write the class maps as PNG
   python tools/test.py CONFIG CHECKPOINT --data-root DIR
 """
@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('checkpoint', metavar='CHECKPOINT')
     parser.add_argument('--tta', action='store_true', help='six scales and mirror images (test-time augmentation)')
     parser.add_argument('--out', metavar='DIR', help='write the predicted class maps here')
+    parser.add_argument('--amp', action='store_true', help='in half precision: float16 on a GPU, bfloat16 on a CPU')
     run_common.add_common_arguments(parser)
     return parser.parse_args()
 
@@ -37,6 +38,8 @@ def main() -> None:
     cfg = run_common.load_config(args)
     if args.out:
         cfg.test_evaluator.update(output_dir=args.out)
+    if args.amp:
+        cfg.test_cfg.fp16 = True  # what mmengine calls it
     metrics = run_common.evaluate(cfg, args.checkpoint, args.tta)
     if os.environ.get('RANK', '0') == '0':
         how = 'multi-scale and flip' if args.tta else 'single-scale'

@@ -18,7 +18,7 @@ from .attention import attention_dtype
 from .kernel_support import is_exporting, is_plain
 from .resample import bilinear_matrix
 
-__all__ = ['conv_of_levels']
+__all__ = ['add_enlarged', 'conv_of_levels']
 
 HALF = (torch.float16, torch.bfloat16)
 SMALL = 0.5  # of the finest map's pixels: what has more is enlarged
@@ -47,6 +47,33 @@ def conv_of_levels(conv: nn.Conv2d, levels: Sequence[Tensor], align_corners: boo
     y = F.conv2d(_enlarged(whole, levels[0], align_corners), whole_weight, conv.bias, padding=conv.padding)
     parts = [(x, weight) for x, weight, less in zip(levels, weights, small, strict=True) if less]
     return _add_small(y, parts, align_corners)
+
+
+def add_enlarged(fine: Tensor, coarse: Tensor, align_corners: bool) -> Tensor:
+    """A map and a coarser one that is enlarged bilinearly to it.
+
+    In half precision by two products with small matrices: autocast would enlarge in float32, four times the memory
+    traffic, and PyTorch's gradient of that uses atomics, so that no training is the same twice.
+
+    Args:
+        fine: (B, C, H, W).
+        coarse: (B, C, h, w).
+        align_corners: of the enlarging.
+
+    Returns:
+        (B, C, H, W).
+    """
+    B, C, H, W = fine.shape
+    h, w = coarse.shape[2:]
+    dtype = attention_dtype(coarse)
+    if dtype not in HALF or is_exporting() or torch.jit.is_tracing():
+        return fine + F.interpolate(coarse, (H, W), mode='bilinear', align_corners=align_corners)
+    to_x = bilinear_matrix(w, W, align_corners, coarse.device, dtype)
+    to_y = bilinear_matrix(h, H, align_corners, coarse.device, dtype)
+    wide = torch.bmm(to_x.expand(B * h, -1, -1), coarse.permute(0, 2, 3, 1).reshape(B * h, w, C))  # B h, W, C
+    whole = fine.permute(0, 2, 3, 1).reshape(B, H, W * C)
+    summed = torch.baddbmm(whole, to_y.expand(B, -1, -1), wide.view(B, h, W * C)).view(B, H, W, C).permute(0, 3, 1, 2)
+    return summed.contiguous() if fine.is_contiguous() else summed
 
 
 def _can_mix(conv: nn.Conv2d, x: Tensor) -> bool:

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .level_mixing import conv_of_levels
+from .level_mixing import add_enlarged, conv_of_levels
 
 _inplace_relu = partial(nn.ReLU, inplace=True)
 
@@ -115,9 +114,6 @@ class UPerNetLayers(nn.Module):
             self.fpn_convs.append(conv_block(channels, channels, 3))
         self.fpn_bottleneck = conv_block(len(self.level_channels) * channels, channels, 3)
 
-    def _resize(self, x: Tensor, like: Tensor) -> Tensor:
-        return F.interpolate(x, size=like.shape[-2:], mode='bilinear', align_corners=self.align_corners)
-
     def fuse(self, maps: Sequence[Tensor]) -> Tensor:
         """Pool the coarsest map, add it down the levels, and mix all levels at the finest resolution.
 
@@ -144,7 +140,7 @@ class UPerNetLayers(nn.Module):
             reversed(self.lateral_convs), reversed(self.fpn_convs), reversed(maps[:-1]), strict=True
         ):
             finer = lateral(finer)
-            x = finer + self._resize(x, like=finer)  # B, channels, h_i, w_i
+            x = add_enlarged(finer, x, self.align_corners)  # B, channels, h_i, w_i
             levels.insert(0, fpn(x))
         return self.fpn_bottleneck(levels, self.align_corners)
 

@@ -127,7 +127,7 @@ def _backward(
         from ..kernels import cross_entropy_ops
 
         return cross_entropy_ops.backward(grad, logits, labels, class_weight, lse, ignored, align_corners)
-    found = torch.zeros(logits.shape, dtype=lse.dtype, device=logits.device)
+    found = torch.zeros_like(logits, dtype=lse.dtype)  # in the layout of the logits
     for image, rows, source, vertical, to_x, band in _bands(logits, labels, align_corners):
         target = labels[image, rows].long()
         counts = target != ignored
@@ -142,7 +142,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return torch.empty_like(logits)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -26,6 +26,6 @@ visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBa
 
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type='BEiTSegTTAModel')
 load_from = None
 resume = False

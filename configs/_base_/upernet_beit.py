@@ -6,7 +6,7 @@ Sizes and heads are those of microsoft/unilm 2312c6f, beit/semantic_segmentation
 norm_cfg = dict(type='BN', requires_grad=True)  # sync_bn='torch' in a leaf makes it SyncBN on several GPUs
 
 model = dict(
-    type='EncoderDecoder',
+    type='BEiTSegmentor',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
         mean=[123.675, 116.28, 103.53],  # ImageNet's, as in every published BEiT segmentor; v1 pre-training has 127.5
@@ -57,5 +57,5 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)),
+    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426), keep_logits=False),  # labels are enough
 )

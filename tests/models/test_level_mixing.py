@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_plugin.models import level_mixing
-from beit_plugin.models.level_mixing import conv_of_levels
+from beit_plugin.models.level_mixing import add_enlarged, conv_of_levels
 
 SIZES = {
     'halves': [(16, 24), (8, 12), (4, 6), (2, 3)],
@@ -132,3 +132,21 @@ def test_exported_programs_have_the_convolution():
     program = torch.export.export(Mixed(), (maps('halves', torch.float32),), strict=False)
     names = [str(node.target) for node in program.graph.nodes]
     assert sum('conv2d' in name for name in names) == 1 and not any('bmm' in name for name in names)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('name', ['odd', 'tiny', 'one row', 'halves'])
+def test_adding_an_enlarged_map(name, align_corners, memory_format):
+    sizes = SIZES[name][:2]
+    exact = [torch.randn(2, 5, *size).to(torch.bfloat16).double().requires_grad_() for size in sizes]
+    expected = exact[0] + F.interpolate(exact[1], sizes[0], mode='bilinear', align_corners=align_corners)
+    weights = torch.randn_like(expected).to(torch.bfloat16)
+    expected_grads = torch.autograd.grad(expected, exact, weights.double())
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 8e-3)):
+        leaves = [x.detach().to(dtype, memory_format=memory_format).requires_grad_() for x in exact]
+        got = add_enlarged(*leaves, align_corners)
+        assert got.dtype == dtype and got.is_contiguous(memory_format=memory_format)
+        assert relative_error(got.double(), expected) <= tolerance
+        grads = torch.autograd.grad(got, leaves, weights.to(dtype))
+        assert all(relative_error(a.double(), b) <= tolerance for a, b in zip(grads, expected_grads, strict=True))

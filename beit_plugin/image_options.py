@@ -1,0 +1,204 @@
+"""The options of the image processor: their defaults, what they may be, and `preprocessor_config.json`.
+
+Names, forms of sizes and the file are those of `BeitImageProcessor` in transformers 5.24; the defaults are those of its
+documentation up to 4.57 (256 px, then the central 224 px). Since 5.0 it resizes to 224 px at once.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from PIL import Image
+
+__all__ = ['CONFIG_NAME', 'ImageOptions', 'resized_size']
+
+Backend = Literal['torch', 'pil']
+Size = int | Sequence[int] | Mapping[str, int]
+Options = TypeVar('Options', bound='ImageOptions')
+CONFIG_NAME = 'preprocessor_config.json'
+_SQUARE = ({'height', 'width'},)
+_SIZES = (*_SQUARE, {'shortest_edge'}, {'shortest_edge', 'longest_edge'}, {'max_height', 'max_width'})
+# what files of transformers hold beside our options: names, which mean nothing here, and what has one value for BEiT
+_NAMES = ('image_processor_type', 'feature_extractor_type', 'processor_class', 'auto_map', '_valid_processor_keys')
+_FIXED = {'default_to_square': True, 'data_format': 'channels_first', 'do_pad': False}
+_CLASSES = ('BeitImageProcessor', 'BeitImageProcessorFast', 'BeitImageProcessorPil', 'BeitFeatureExtractor')
+
+
+@dataclass(kw_only=True)
+class ImageOptions:
+    """What is done to an image.
+
+    Args:
+        do_resize: resize to ``size`` with ``resample``.
+        size: pixels: ``{'height', 'width'}``, or an int for a square, or (H, W); keeping the aspect,
+            ``{'shortest_edge'}``, with ``'longest_edge'`` as its limit or without, or ``{'max_height', 'max_width'}``.
+        resample: a filter by Pillow's number: 0 nearest, 1 Lanczos, 2 bilinear, 3 bicubic, 4 box, 5 Hamming.
+        do_center_crop: cut ``crop_size`` from the middle; smaller images get a black border.
+        crop_size: pixels, in the first three forms of ``size``.
+        do_rescale: multiply by ``rescale_factor``.
+        rescale_factor: above 0.
+        do_normalize: subtract ``image_mean`` and divide by ``image_std``.
+        image_mean, image_std: a number, or one for each channel, of rescaled images.
+        do_reduce_labels: 0 becomes 255 (ignored), 255 stays, others become one less: ADE20K, where 0 is no class.
+        do_convert_rgb: make RGB of every image; False keeps the channels, for models of other channels.
+        backend: 'torch' for speed; 'pil' for the bits of Pillow, one grey level away here and there. Filters that
+            PyTorch does not have always go through Pillow.
+
+    Raises:
+        ValueError: a value that an option cannot have.
+    """
+
+    do_resize: bool = True
+    size: Size = 256
+    resample: int = 3
+    do_center_crop: bool = True
+    crop_size: Size = 224
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: float | Sequence[float] = (0.5, 0.5, 0.5)
+    image_std: float | Sequence[float] = (0.5, 0.5, 0.5)
+    do_reduce_labels: bool = False
+    do_convert_rgb: bool = True
+    backend: Backend = 'torch'
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name.startswith('do_') and not isinstance(value, bool):
+                raise _wrong(name, value, 'True or False')
+        self.size = _size(self.size, 'size', _SIZES)
+        self.crop_size = _size(self.crop_size, 'crop_size', _SQUARE)
+        filters = [int(filter) for filter in Image.Resampling]
+        if isinstance(self.resample, bool) or self.resample not in filters:
+            raise _wrong('resample', self.resample, f"the number of a filter of Pillow's, {filters}")
+        self.resample = int(self.resample)  # of an enum, which is no JSON
+        if not _is_number(self.rescale_factor) or self.rescale_factor <= 0:
+            raise _wrong('rescale_factor', self.rescale_factor, 'a number above 0')
+        self.image_mean = _numbers(self.image_mean, 'image_mean')
+        self.image_std = _numbers(self.image_std, 'image_std')
+        if min(self.image_std) <= 0:
+            raise _wrong('image_std', self.image_std, 'numbers above 0')
+        if self.backend not in get_args(Backend):
+            raise _wrong('backend', self.backend, ' or '.join(map(repr, get_args(Backend))))
+
+    @classmethod
+    def from_pretrained(cls: type[Options], source: str | os.PathLike[str], **overrides: Any) -> Options:
+        """Reads a ``preprocessor_config.json`` that transformers or ``save_pretrained`` wrote.
+
+        Args:
+            source: the file, or the folder that it lies in.
+            overrides: options that count more than the file's.
+
+        Raises:
+            ValueError: no such file, cut off, of another model, or with options or values that we do not have.
+        """
+        path = Path(source)
+        path = path / CONFIG_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f'{path} does not exist: give a {CONFIG_NAME} or the folder that it lies in')
+        try:
+            found = json.loads(path.read_text(encoding='utf-8'))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'{path} is cut off or no JSON ({error}): fetch or save it again') from error
+        if not isinstance(found, dict):
+            raise ValueError(f'{path} holds a {type(found).__name__}, expected options by name: fetch or save it again')
+        try:
+            read = cls().with_options(_of_transformers(found))
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}') from error
+        return read.with_options(overrides)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes a ``preprocessor_config.json`` that transformers reads too, and returns its path."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + '\n', encoding='utf-8')
+        return path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as transformers writes them; ``backend`` says how, not what, and is not among them."""
+        options = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
+        del options['backend']
+        return {**options, 'image_processor_type': 'BeitImageProcessor'}
+
+    def with_options(self: Options, changed: Mapping[str, Any]) -> Options:
+        """A copy with other options; None leaves one as it is.
+
+        Raises:
+            ValueError: an unknown option, or a value that one cannot have.
+        """
+        names = [field.name for field in fields(self)]
+        for name in changed:
+            if name not in names:
+                close = get_close_matches(name, names, 1)
+                hint = f'did you mean {close[0]}?' if close else f'expected one of {", ".join(names)}'
+                raise ValueError(f'{name} is no option of the image processor: {hint}')
+        return replace(self, **{name: value for name, value in changed.items() if value is not None})
+
+
+def resized_size(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
+    """(H, W) that ``size`` makes of an image, at least 1 x 1; rounded as transformers 5.24 does.
+
+    (Its `get_resize_output_image_size` and `get_size_with_aspect_ratio`; without a limit also as torchvision's Resize.)
+    """
+    if 'height' in size:
+        return size['height'], size['width']
+    if 'max_height' in size:
+        scale = min(size['max_height'] / height, size['max_width'] / width)
+        return max(1, int(height * scale)), max(1, int(width * scale))
+    short, long = sorted((height, width))
+    edge: float = size['shortest_edge']
+    if long / short * edge > size.get('longest_edge', math.inf):
+        edge = size['longest_edge'] * short / long
+    if round(edge) == short:
+        return height, width
+    other, edge = max(1, int(edge * long / short)), max(1, round(edge))
+    return (edge, other) if height <= width else (other, edge)
+
+
+def _wrong(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f'{name} is {value!r}, expected {expected}: correct it or leave it out')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(value: Any, name: str) -> tuple[float, ...]:
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
+    if not values or not all(map(_is_number, values)):
+        raise _wrong(name, value, 'a number, or one for each channel')
+    return values
+
+
+def _size(value: Any, name: str, forms: tuple[set[str], ...]) -> dict[str, int]:
+    """A size in any form, as a dict."""
+    pair = (value, value) if isinstance(value, int) else value
+    if isinstance(pair, list | tuple) and len(pair) == 2:
+        pair = dict(zip(('height', 'width'), pair, strict=True))
+    if not isinstance(pair, Mapping) or set(pair) not in forms:
+        listed = ' or '.join(str(sorted(form)) for form in forms)
+        raise _wrong(name, value, f'pixels: an int, (height, width), or a dict with {listed}')
+    if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in pair.values()):
+        raise _wrong(name, value, 'whole numbers of pixels above 0')
+    return dict(pair)
+
+
+def _of_transformers(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Our options in a file of transformers, those that have another name in older ones too."""
+    kind = found.get('image_processor_type') or found.get('feature_extractor_type') or _CLASSES[0]
+    if kind not in _CLASSES:
+        raise ValueError(f'these are the options of {kind}, expected those of {_CLASSES[0]}: give a file of BEiT')
+    options = {name: value for name, value in found.items() if value is not None and name not in _NAMES}
+    for name, value in _FIXED.items():
+        if options.pop(name, value) != value:
+            raise _wrong(name, found[name], repr(value))
+    if 'reduce_labels' in options:  # its name until transformers 4.27
+        options.setdefault('do_reduce_labels', options['reduce_labels'])
+        del options['reduce_labels']
+    return options

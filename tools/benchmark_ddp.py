@@ -1,0 +1,85 @@
+#!/usr/bin/env python3
+"""Images per second of a segmentor's training on several GPUs: DistributedDataParallel, SyncBN, AdamW, random images.
+
+Run it with 1, 2, 4 ... processes and compare the lines; every process has its own batch, as in tools/train.py.
+"""
+
+import argparse
+import os
+from statistics import median
+from time import perf_counter
+
+from run_common import run
+
+EXAMPLES = """examples:
+  torchrun --nproc_per_node 1 tools/benchmark_ddp.py
+  torchrun --nproc_per_node 4 tools/benchmark_ddp.py --variant large --batch 4
+  torchrun --nproc_per_node 2 tools/benchmark_ddp.py --variant tiny --size 64 --batch 2 --steps 5      on a CPU
+"""
+CLASSES = 150  # ADE20K
+WARM_UP = 5  # steps
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--variant', choices=['tiny', 'small', 'base', 'large'], default='base', help='(default: base)')
+    parser.add_argument('--size', type=int, default=640, metavar='PIXELS', help='(default: 640)')
+    parser.add_argument('--batch', type=int, default=8, metavar='N', help='images of each process (default: 8)')
+    parser.add_argument('--steps', type=int, default=30, metavar='N', help='to time, after 5 (default: 30)')
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    import torch
+    from torch import distributed, nn
+
+    from beit_plugin.models.beit import VARIANTS
+    from beit_plugin.models.segmentor import build_segmentor
+
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    cuda = torch.cuda.is_available()
+    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    with device:
+        model = build_segmentor(CLASSES, img_size=(args.size, args.size), **VARIANTS[args.variant])
+        x = torch.randn(args.batch, 3, args.size, args.size)
+        y = torch.randint(CLASSES, (args.batch, args.size, args.size))
+    train: nn.Module = model
+    if world > 1:
+        distributed.init_process_group('nccl' if cuda else 'gloo')
+        if cuda:  # PyTorch's has no CPU version
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        train = nn.parallel.DistributedDataParallel(
+            model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True
+        )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    seconds = []
+    for _ in range(WARM_UP + args.steps):
+        start = perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = train(x, y)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(perf_counter() - start)
+    step = median(seconds[WARM_UP:])
+    if rank == 0:
+        memory = f', peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
+        name = torch.cuda.get_device_name() if cuda else 'CPU'
+        print(
+            f'{world} x {name}, BEiT-{args.variant} + UPerNet, {args.size} px, {args.batch} images each: '
+            f'{1e3 * step:.1f} ms a step, {world * args.batch / step:.1f} images/s{memory}'
+        )
+    if world > 1:
+        distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    run(main)
