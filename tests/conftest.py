@@ -32,3 +32,12 @@ def mmseg_scope(_default_scope):
     from mmseg.utils import register_all_modules
 
     register_all_modules(init_default_scope=True)
+
+
+@pytest.fixture
+def process_group():
+    """One of a single process, over gloo."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

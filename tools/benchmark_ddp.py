@@ -38,6 +38,7 @@ def main() -> None:
 
     from beit_plugin.models.beit import VARIANTS
     from beit_plugin.models.segmentor import build_segmentor
+    from beit_plugin.models.sync_norm import SyncBatchNorm
 
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available()
@@ -52,8 +53,10 @@ def main() -> None:
     train: nn.Module = model
     if world > 1:
         distributed.init_process_group('nccl' if cuda else 'gloo')
-        if cuda:  # PyTorch's has no CPU version
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        for parent in list(model.modules()):
+            for name, norm in list(parent.named_children()):
+                if isinstance(norm, nn.BatchNorm2d):
+                    setattr(parent, name, SyncBatchNorm(norm.num_features, device=device))
         train = nn.parallel.DistributedDataParallel(
             model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True
         )

@@ -1,6 +1,6 @@
 """UPerNet and FCN as mmsegmentation decode heads, whose loss never enlarges all logits at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeGuard, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models.segmentation_loss import LabelGuard
 from ..models.upernet import ConvNormAct, UPerNetLayers
 from ..models.upsampled_loss import upsampled_cross_entropy
-from .norm import NormFactory
+from .norm import NormFactory, own_sync_bn
 
 EPS = torch.finfo(torch.float32).eps  # that mmsegmentation adds to what it divides by
 
@@ -91,7 +91,13 @@ def _is_reduced_softmax(loss: nn.Module) -> TypeGuard[CrossEntropyLoss]:
 
 @MODELS.register_module()
 class BEiTFCNHead(_LeanLoss, FCNHead):
-    """mmsegmentation's `FCNHead`, its arguments and weights; the loss takes the memory of the small logits."""
+    """mmsegmentation's `FCNHead`, its arguments and weights; the loss takes the memory of the small logits.
+
+    `norm_cfg` SyncBN also trains on the CPU.
+    """
+
+    def __init__(self, *args: Any, norm_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, norm_cfg=None if norm_cfg is None else own_sync_bn(norm_cfg), **kwargs)
 
 
 @MODELS.register_module()

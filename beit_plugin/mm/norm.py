@@ -8,29 +8,21 @@ import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.norm import infer_abbr
 from mmengine.registry import MODELS
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
+
+from ..models.sync_norm import SyncBatchNorm
 
 SYNC_BN: Mapping[str, Any] = {'type': 'SyncBN', 'requires_grad': True}
 
 
 @MODELS.register_module()
-class BEiTSyncBN(_BatchNorm):
-    """Batch norm with statistics over all processes, that CPU tensors pass too.
+class BEiTSyncBN(SyncBatchNorm):
+    """`SyncBatchNorm` of this package by its name in configurations."""
 
-    torch's own refuses CPU tensors in training as soon as a process group exists, and DDP refuses CPU models that hold
-    one; so this is none of its subclasses but borrows what it does on other devices. On the CPU each process normalises
-    with its own statistics, as plain batch norm under DDP does.
-    """
 
-    process_group = None  # all processes
-    _check_input_dim = nn.SyncBatchNorm._check_input_dim
-    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
-
-    def forward(self, input: Tensor) -> Tensor:
-        if input.device.type == 'cpu':
-            return super().forward(input)
-        return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
+def own_sync_bn(norm_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a norm, with our layer in place of torch's synchronised one."""
+    return {**norm_cfg, 'type': 'BEiTSyncBN'} if norm_cfg['type'] == 'SyncBN' else dict(norm_cfg)
 
 
 class NormFactory:
@@ -49,9 +41,7 @@ class NormFactory:
     def __init__(self, norm_cfg: Mapping[str, Any]) -> None:
         if not isinstance(norm_cfg, Mapping) or 'type' not in norm_cfg:
             raise ValueError(f"got norm_cfg={norm_cfg!r}, expected a dict with a type, such as dict(type='SyncBN')")
-        self.cfg = dict(norm_cfg)
-        if self.cfg['type'] == 'SyncBN':
-            self.cfg['type'] = 'BEiTSyncBN'
+        self.cfg = own_sync_bn(norm_cfg)
         kind = self.cfg['type']
         if not inspect.isclass(kind):
             with MODELS.switch_scope_and_registry(None) as registry:

@@ -15,7 +15,6 @@ param_scheduler = [
     dict(type='PolyLR', power=1.0, eta_min=0.0, by_epoch=False, begin=1500, end=max_iters),
 ]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=16000)
-sync_bn = 'torch'  # batch statistics over all GPUs, as published; several processes on CPUs: --cfg-options sync_bn=None
 
 # BEiT-L, for `model = _base_.large` in a recipe
 large = dict(

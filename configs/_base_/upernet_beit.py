@@ -3,7 +3,7 @@
 Sizes and heads are those of microsoft/unilm 2312c6f, beit/semantic_segmentation/configs/_base_/models/upernet_beit.py.
 """
 
-norm_cfg = dict(type='BN', requires_grad=True)  # sync_bn='torch' in a leaf makes it SyncBN on several GPUs
+norm_cfg = dict(type='SyncBN', requires_grad=True)  # batch statistics over all processes; of one, plain batch norm
 
 model = dict(
     type='BEiTSegmentor',

@@ -18,14 +18,6 @@ from beit_plugin.mm.neck import BEiTPyramid
 from beit_plugin.mm.norm import BEiTSyncBN, NormFactory
 
 
-@pytest.fixture
-def process_group():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize('scope', ['mmseg', 'mmdet', 'mmengine'])
 def test_every_scope_finds_the_neck(scope):
     if scope != 'mmengine' and importlib.util.find_spec(scope) is None:
