@@ -1,0 +1,46 @@
+"""Whole modules in pickles, as OpenAI published its dVAE: their tensors are read, nothing of the modules is run.
+
+``torch.load`` with ``weights_only=True`` builds nothing but what it is told to. Here it is told to build, for each
+class of the published files, a stand-in that keeps the tensors of the module by name and forgets everything else. So
+the files read as state dicts; a pickle that names any other class or function is refused by ``checkpoints.files``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ['module_stand_ins']
+
+# what https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl hold: openai/DALL-E at 5be4b23 on torch 1.7
+_MODULES = (
+    'dall_e.encoder.Encoder',
+    'dall_e.encoder.EncoderBlock',
+    'dall_e.decoder.Decoder',
+    'dall_e.decoder.DecoderBlock',
+    'dall_e.utils.Conv2d',
+    'torch.nn.modules.activation.ReLU',
+    'torch.nn.modules.container.Sequential',
+    'torch.nn.modules.linear.Identity',
+    'torch.nn.modules.pooling.MaxPool2d',
+    'torch.nn.modules.upsampling.Upsample',
+)
+
+
+class _Tensors(dict[str, Tensor]):
+    """Stands for a module: a state dict, filled when the pickle hands over the module's attributes."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        for kind in ('_parameters', '_buffers'):
+            self.update((name, tensor) for name, tensor in state[kind].items() if isinstance(tensor, Tensor))
+        for name, child in state['_modules'].items():  # pickles finish the children first
+            if isinstance(child, _Tensors):
+                self.update((f'{name}.{inner}', tensor) for inner, tensor in child.items())
+
+
+def module_stand_ins() -> list[Any]:
+    """For ``torch.serialization.safe_globals``, around the reading of a file that may hold a whole module."""
+    return [(_Tensors, name) for name in _MODULES]
