@@ -136,9 +136,8 @@ def _open(source: Any, name: str) -> Image.Image:
     except FileNotFoundError:
         raise ValueError(f'{name}{file} does not exist: give the path of an image') from None
     except Exception as error:  # each decoder has its own
-        raise ValueError(
-            f'{name}{file} cannot be read as an image ({error or type(error).__name__}): fetch or save it again'
-        ) from error
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'{name}{file} cannot be read as an image ({reason}): fetch or save it again') from error
 
 
 def _pillow_pixels(image: Image.Image, name: str, rgb: bool) -> np.ndarray:
@@ -163,8 +162,8 @@ def _as_tensor(array: Any, name: str) -> Tensor:
             array = array.copy()
         return torch.from_numpy(array)
     if not isinstance(array, Tensor):
-        raise ValueError(f'{name} is a {type(array).__name__}, expected {_FORMS}: convert it to one of these')
-    if array.is_complex() or array.is_quantized:
+        raise ValueError(f'{name} is of type {type(array).__name__}, expected {_FORMS}: convert it')
+    if array.is_complex():
         raise ValueError(f'{name} holds {array.dtype} values, expected numbers: give integers or floats')
     return array.detach().cpu()
 

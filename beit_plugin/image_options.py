@@ -173,7 +173,7 @@ def _numbers(value: Any, name: str) -> tuple[float, ...]:
     values: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
     if not values or not all(map(_is_number, values)):
         raise _wrong(name, value, 'a number, or one for each channel')
-    return values
+    return tuple(map(float, values))  # transformers refuses whole numbers in a file
 
 
 def _size(value: Any, name: str, forms: tuple[set[str], ...]) -> dict[str, int]:

@@ -1,7 +1,11 @@
-"""Images that look to a filter like photographs, and label maps of them."""
+"""Images that look to a filter like photographs, label maps of them, and what tests of the image processor share."""
+
+import io
 
 import numpy as np
 from PIL import Image
+
+from beit_plugin.image_processor import BeitImageProcessor
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -16,4 +20,28 @@ def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
 def label_map(height: int, width: int, classes: int, seed: int = 0) -> np.ndarray:
     """(height, width), uint8: areas of the classes 0 to ``classes`` - 1."""
     coarse = np.random.default_rng(seed).integers(0, classes, (7, 9), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST))
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST))
+
+
+def chw(array: np.ndarray) -> np.ndarray:
+    """Channels last to channels first."""
+    return np.ascontiguousarray(np.moveaxis(array, -1, -3))
+
+
+def saved(image: Image.Image, form: str = 'PNG', **options: object) -> Image.Image:
+    """The image as it comes from a file."""
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+PHOTO = photograph(60, 84)
+PIL = Image.fromarray(PHOTO)
+LABEL = label_map(60, 84, 7)
+AS_IS = dict(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
+processor = BeitImageProcessor(size=(40, 48), crop_size=32)
+
+
+def pixels(image, **options):
+    """(C, H, W) of one image as they are read."""
+    return processor(image, **{**AS_IS, **options}).pixel_values[0]

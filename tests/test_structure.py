@@ -29,7 +29,9 @@ ALLOWED = {
         'models.relative_position', 'checkpoints',
     },
     'masking': {'torch', 'numpy'},
-    'image_processor': {'torch', 'numpy', 'PIL'},
+    'image_inputs': {'torch', 'numpy', 'PIL'},
+    'image_options': {'PIL'},
+    'image_processor': {'torch', 'numpy', 'PIL', 'image_inputs', 'image_options'},
     'timm_models': {'torch', 'timm', 'models', 'checkpoints', 'timm_cfgs'},
     'timm_cfgs': {'timm'},
     'mm': {
