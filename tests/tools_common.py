@@ -1,5 +1,7 @@
 """Made-up data for the tests of the tools, and the tools on the import path."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,3 +54,16 @@ def image_folder(
             write(root / 'images' / part / f'{i}.jpg', rng.integers(0, 255, (40, 48, 3)))
             stripes = np.repeat(np.array(values), -(-48 // len(values)))[:48]
             write(root / labels / part / f'{i}{label_suffix}', np.tile(stripes, (40, 1)))
+
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'TRITON_INTERPRET': '0'}
+
+
+def tool(name, *args, cwd, status=0):
+    """Output of a tool that ends with this status; its errors where that is not 0."""
+    done = subprocess.run(
+        [sys.executable, ROOT / f'tools/{name}.py', *map(str, args)],
+        cwd=cwd, capture_output=True, text=True, timeout=300, env=ENV,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout

@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from data_folders import DataError
@@ -80,9 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--size', type=positive, default=224, metavar='PIXELS', help='(default: 224)')
     parser.add_argument('--device', default=None, help='default: cuda if there is one, else cpu')
     parser.add_argument('--workers', type=int, default=None, help='processes that load images (default: 8, on a CPU 0)')
-    parser.add_argument(
-        '--jobs', type=positive, default=1, metavar='N', help='trainings at a time, each with its workers (default: 1)'
-    )
+    parser.add_argument('--jobs', type=positive, default=1, metavar='N', help='trainings at a time (default: 1)')
     parser.add_argument('--out', type=Path, default=Path('training'), metavar='DIR')
     return parser.parse_args()
 
@@ -219,8 +217,7 @@ def train(
             start = time.perf_counter()
     values = torch.stack(losses).tolist()
     seconds = (time.perf_counter() - start) / max(1, args.steps - 1)
-    last = values[-max(1, round(LAST * args.steps)) :]
-    final = sum(last) / len(last)
+    final = mean(values[-max(1, round(LAST * args.steps)) :])
     return dict(setting=str(one), seed=seed, final=final, seconds_per_step=seconds, losses=values)
 
 
@@ -251,12 +248,12 @@ def compare(runs: Sequence[dict[str, Any]]) -> list[str]:
     for name, trained in others:
         finals = {one['seed']: one['final'] for one in trained if one['seed'] in expected}
         differences = [final - expected[seed] for seed, final in finals.items()]
-        mean = sum(differences) / len(differences)
+        average = mean(differences)
         verdict = 'one seed has no spread: use --seeds'
         if len(differences) > 1:
             error = stdev(differences) / math.sqrt(len(differences))
-            verdict = f'standard error {error:.4f}: {"within" if abs(mean) <= 2 * error else "BEYOND"} two of them'
-        lines.append(f'{name:<16} {_listed(finals)}; mean difference {mean:+.4f}, {verdict}')
+            verdict = f'standard error {error:.4f}: {"within" if abs(average) <= 2 * error else "BEYOND"} two of them'
+        lines.append(f'{name:<16} {_listed(finals)}; mean difference {average:+.4f}, {verdict}')
     return lines
 
 
@@ -306,7 +303,8 @@ def main() -> None:
     refuse_early(args.settings, device)
     images, classes = read_images(args.data, args.size)
     print(f'{len(images)} images of {", ".join(classes)}', flush=True)
-    machine = hardware(str(device))
+    args.device = str(device)
+    machine = hardware(args.device)
     options = {key: str(value) if key == 'data' else value for key, value in vars(args).items() if key != 'out'}
     options['settings'] = [str(one) for one in args.settings]
     results: dict[str, Any] = dict(
@@ -315,10 +313,8 @@ def main() -> None:
     # all settings with one seed after the other: what is cut short can still be compared
     todo = [(one, seed) for seed in range(args.seeds) for one in args.settings]
     args.out.mkdir(parents=True, exist_ok=True)
-    args.device = str(device)
-    if args.jobs == 1:
-        runs = (train(args, one, seed, images, len(classes), device) for one, seed in todo)
-    else:
+    runs: Any = (train(args, one, seed, images, len(classes), device) for one, seed in todo)
+    if args.jobs > 1:
         pool = ProcessPoolExecutor(args.jobs, get_context('spawn'))
         runs = pool.map(train_apart, [args] * len(todo), *zip(*todo, strict=True))
     for trained in runs:
