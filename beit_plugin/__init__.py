@@ -5,9 +5,10 @@ registers the backbone, neck and heads in OpenMMLab.
 """
 
 from . import timm_models as timm_models  # registers
+from .image_processor import BeitImageProcessor
 from .models.backbone import BackboneOutput, BeitBackbone
 from .models.beit import VARIANTS, Beit, BeitOutput
 
 __version__ = '0.1.0'
 
-__all__ = ['VARIANTS', 'BackboneOutput', 'Beit', 'BeitBackbone', 'BeitOutput', '__version__']
+__all__ = ['VARIANTS', 'BackboneOutput', 'Beit', 'BeitBackbone', 'BeitImageProcessor', 'BeitOutput', '__version__']
