@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .kernel_support import is_exporting
+
 # rescale -> (child name, numerator, denominator); the names are mmsegmentation's
 _LEVELS = {
     4: ('upsample_4x', 4, 1),
@@ -48,7 +50,7 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
     """Keep the top left `height` x `width` of a map, or as much of it as there is."""
-    if torch.compiler.is_compiling():
+    if is_exporting():
         # a slice of symbolic size guards on whether anything was cut, which would pin an exported graph to one case
         extra = (torch.sym_max(x.shape[-1] - width, 0), torch.sym_max(x.shape[-2] - height, 0))
         return F.pad(x, (0, -extra[0], 0, -extra[1]))  # pyright: ignore[reportArgumentType]
