@@ -135,6 +135,9 @@ class FeaturePyramid(nn.Module):
                 # images of a single row or column of patches: pool what there is instead of failing
                 x = F.max_pool2d(x, (min(divisor, x.shape[2]), min(divisor, x.shape[3])))
             else:
+                if divisor > 1 and free_size:
+                    # what pooling leaves out anyhow; torch 2.11 would pin the exported graph to the example's remainder
+                    x = _crop(x, x.shape[2] // divisor * divisor, x.shape[3] // divisor * divisor)
                 x = getattr(self, name)(x)
             # at and below the grid's own stride ceil(size / stride) is never less than what pooling leaves
             if image_size is not None and factor > 1:
