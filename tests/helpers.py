@@ -1,5 +1,9 @@
 """What tests of several folders share."""
 
+import os
+import subprocess
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -43,6 +47,26 @@ def weighted_sum(*outputs: Tensor) -> Tensor:
     for i, x in enumerate(outputs):
         total = total + (x * torch.linspace(-3 - i, 3, x.numel(), dtype=x.dtype).sin().view_as(x)).sum()
     return total
+
+
+def torchrun(*args: object, dies: bool = False, **options: object) -> str:
+    """Output of a script, and its arguments, in two processes; fails with their errors, or where none died but should.
+
+    Args:
+        args: after those of torchrun.
+        dies: whether a process shall fail.
+        options: ``cwd``, and variables of the environment in capitals.
+    """
+    launcher = ['-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    env = {**os.environ, **{key: str(value) for key, value in options.items() if key.isupper()}}
+    done = subprocess.run(
+        [sys.executable, *launcher, *map(str, args)], capture_output=True, text=True, timeout=300, env=env,
+        cwd=options.get('cwd'),  # type: ignore[call-overload]
+    )  # fmt: skip
+    # with gloo's threads running torch 2.14 aborts now and then at the end of a process, after its work is done
+    ended = done.returncode == 0 or 'terminate called without an active exception' in done.stderr
+    assert done.returncode if dies else ended, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 def images(*size: int, batch: int = 2, channels: int = 3, seed: int = 1) -> Tensor:

@@ -5,14 +5,11 @@ The reference is always ``attn_backend='eager'`` without any of it.
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import TINY, gradients, images, randomize, relative_error
+from helpers import TINY, gradients, images, randomize, relative_error, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -263,10 +260,5 @@ dist.destroy_process_group()
 def test_two_processes(kind, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(PROCESSES)
-    command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    env = {**os.environ, 'TRITON_INTERPRET': '0' if torch.cuda.is_available() else '1'}
-    done = subprocess.run([*command, str(script), kind], capture_output=True, text=True, timeout=200, env=env)
-    # torch 2.14 now and then aborts at the end of a process, with gloo's threads
-    ended = 'terminate called without an active exception' in done.stderr
-    assert done.returncode == 0 or ended, done.stderr[-2000:]
-    assert done.stdout.count('done') == 2
+    said = torchrun(script, kind, TRITON_INTERPRET=int(not torch.cuda.is_available()))
+    assert said.count('done') == 2

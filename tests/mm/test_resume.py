@@ -1,14 +1,12 @@
 """Trainings killed at any moment go on bit for bit."""
 
-import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import torchrun
 
 pytest.importorskip('mmengine', reason='needs the extra beit-plugin[mmseg]')
 
@@ -129,20 +127,8 @@ class TestKilled:
             "die = sys.argv[2] if rank == 1 else ''\n"
             f"train(Path(sys.argv[1]), dict({options}, die=die), rank, int(os.environ['MASTER_PORT']))\n"
         )
-        command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
         for die in ('iteration 4', ''):
-            done = subprocess.run(
-                [*command, str(script), str(killed), die],
-                capture_output=True,
-                text=True,
-                timeout=200,
-                env={**os.environ, **CPU, 'PYTHONPATH': str(Path(resume_common.__file__).parent)},
-            )
-            if die:
-                assert done.returncode, done.stderr[-3000:]
-            else:  # a process of torch 2.14 aborts now and then after its work is done, with gloo's threads running
-                aborted = 'terminate called without an active exception' in done.stderr
-                assert aborted or not done.returncode, done.stderr[-3000:]
+            torchrun(script, killed, die, dies=bool(die), **CPU, PYTHONPATH=Path(resume_common.__file__).parent)
         lines = Path(killed, 'record.1').read_text().splitlines()
         assert [sum(line.startswith(f'loss {i} ') for line in lines) for i in (3, 4)] == [1, 2]
         compare(whole, killed, 2)

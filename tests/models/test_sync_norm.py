@@ -1,11 +1,8 @@
 """Synchronised batch norm in two processes against plain batch norm of the whole batch, in float64."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import relative_error
+from helpers import relative_error, torchrun
 from torch import nn
 
 from beit_plugin.models.sync_norm import SyncBatchNorm
@@ -81,12 +78,7 @@ dist.destroy_process_group()
 def test_two_processes(tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT)
-    command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command += [str(script), 'cuda' if GPUS else 'cpu']
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    ended = 'terminate called without an active exception' in done.stderr
-    assert done.returncode == 0 or ended, done.stderr[-3000:]
-    assert done.stdout.count('done') == 2
+    assert torchrun(script, 'cuda' if GPUS else 'cpu').count('done') == 2
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])

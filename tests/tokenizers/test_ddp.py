@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import torchrun
 
 SCRIPT = """
 import sys
@@ -80,15 +81,12 @@ ALONE = ALONE[: ALONE.index('# the processes have')] + (
 @pytest.mark.skipif(not torch.distributed.is_available(), reason='this PyTorch is built without torch.distributed')
 def test_two_processes(tmp_path):
     root = Path(__file__).parents[2]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(root)}
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    for name, source, prefix in (('two', SCRIPT, launcher), ('one', ALONE, [])):
-        script = tmp_path / f'{name}.py'
-        script.write_text(source)
-        command = [sys.executable, '-W', 'ignore', *prefix, str(script), str(tmp_path / f'{name}.pt')]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert name == 'one' or done.stdout.count('done') == 2
+    env = {'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(root)}
+    for name, source in (('two', SCRIPT), ('one', ALONE)):
+        (tmp_path / f'{name}.py').write_text(source)
+    assert torchrun(tmp_path / 'two.py', tmp_path / 'two.pt', **env).count('done') == 2
+    alone = [sys.executable, '-W', 'ignore', tmp_path / 'one.py', tmp_path / 'one.pt']
+    subprocess.run(alone, check=True, timeout=200, env={**os.environ, **env})
     two, one = (torch.load(tmp_path / f'{name}.pt', weights_only=True) for name in ('two', 'one'))
     assert two.keys() == one.keys()
     for name, value in two.items():
