@@ -1,0 +1,199 @@
+"""tools/predict.py: what it writes and says about images that are fine, and about those that are not."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from tools_common import SHAPES_CONFIG, cut, turn, width, write
+
+import beit_plugin  # noqa: F401  registers
+
+import predict  # isort: skip
+from predict_models import named  # isort: skip
+from predict_pictures import shares  # isort: skip
+from data_folders import DataError  # isort: skip
+
+CLASSIFIER = 'beit_plugin_tiny_patch16_224'
+needs_mmseg = pytest.mark.skipif(importlib.util.find_spec('mmseg') is None, reason='needs the extra beit-plugin[mmseg]')
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """Images of several kinds, and two that are broken."""
+    root = tmp_path_factory.mktemp('photos')
+    rng = np.random.default_rng(0)
+    for name, shape in {
+        'a.png': (40, 60, 3),
+        'sub/a.png': (33, 70),
+        'rgba.png': (50, 48, 4),
+        'turned.jpg': (30, 80, 3),
+    }.items():
+        write(root / name, rng.integers(0, 255, shape))
+    turn(root / 'turned.jpg')
+    write(root / 'cut.jpg', rng.integers(0, 255, (60, 60, 3)))
+    cut(root / 'cut.jpg', 0.5)
+    (root / 'text.png').write_text('no image')
+    return root
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp('weights') / 'classifier.pth'
+    torch.save(timm.create_model(CLASSIFIER, num_classes=1000).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory):
+    """Configuration and random checkpoint of a tiny segmentor."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    import beit_plugin.mm  # noqa: F401
+
+    root = tmp_path_factory.mktemp('segmentor')
+    (root / 'config.py').write_text(
+        f'_base_ = {str(SHAPES_CONFIG)!r}\n'
+        'model = dict(backbone=dict(embed_dims=16, num_heads=2), neck=dict(embed_dim=16),\n'
+        '    decode_head=dict(in_channels=[16] * 4, channels=8), auxiliary_head=dict(in_channels=16, channels=8))\n'
+    )
+    cfg = Config.fromfile(root / 'config.py')
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    meta = dict(dataset_meta=cfg.test_dataloader.dataset.metainfo.to_dict())  # mmengine saves it
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), root / 'weights.pth')
+    return '--config', root / 'config.py', '--checkpoint', root / 'weights.pth'
+
+
+def call(monkeypatch, capsys, out: Path, *args: object) -> tuple[dict, str, str]:
+    """Numbers, output, and the sentence about failures."""
+    monkeypatch.setattr(sys, 'argv', ['predict.py', *map(str, args), '--out', str(out), '--device', 'cpu'])
+    said = ''
+    try:
+        predict.main()
+    except DataError as error:
+        said = str(error)
+    return json.loads((out / 'predictions.json').read_text()), capsys.readouterr().out, said
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def check_failures(numbers, said, folder):
+    assert set(numbers['failed']) == {str(folder / 'cut.jpg'), str(folder / 'text.png')}
+    assert said.startswith('2 images could not be used: ') and 'truncated' in said and 'cannot identify' in said
+
+
+def test_classifier(folder, weights, tmp_path, monkeypatch, capsys):
+    args = (folder, '--model', CLASSIFIER, '--checkpoint', weights, '--top', 3, '--attention', '11:2', '0')
+    numbers, output, said = call(monkeypatch, capsys, tmp_path, *args)
+    check_failures(numbers, said, folder)
+    assert len(numbers['images']) == 4 and '4 of 6 images' in output
+    for found in numbers['images'].values():
+        values = [one['probability'] for one in found['top']]
+        assert len(values) == 3 and values == sorted(values, reverse=True)
+        assert not found['top'][0]['name'].startswith('class')  # ImageNet's
+    names = {path.name for path in tmp_path.glob('*.png')}
+    assert names == {f'{name}_attention.png' for name in ('a', 'a_2', 'rgba', 'turned')}
+    assert width(tmp_path / 'a_attention.png') > 500  # four panels
+
+
+@needs_mmseg
+@pytest.mark.parametrize('more', [(), ('--multi-scale', '--attention')])
+def test_mmsegmentation(segmentor, folder, tmp_path, monkeypatch, capsys, more):
+    numbers, output, said = call(monkeypatch, capsys, tmp_path, folder, *segmentor, *more)
+    check_failures(numbers, said, folder)
+    assert len(numbers['images']) == 4 and f'{folder}/turned.jpg: ' in output
+    for found in numbers['images'].values():
+        assert sum(found['classes'].values()) == pytest.approx(1)
+    shapes = {name: pixels(tmp_path / f'{name}_classes.png').shape for name in ('a', 'rgba', 'turned')}
+    assert shapes == {'a': (40, 60), 'rgba': (50, 48), 'turned': (80, 30)}
+    assert width(tmp_path / 'a_overlay.png') == 1200
+    assert (tmp_path / 'a_attention.png').exists() == ('--attention' in more)
+
+
+@needs_mmseg
+def test_labels_are_those_of_the_evaluation(segmentor, folder, tmp_path, monkeypatch, capsys):
+    from mmseg.apis import inference_model, init_model
+
+    call(monkeypatch, capsys, tmp_path, folder / 'a.png', *segmentor)
+    model = init_model(str(segmentor[1]), str(segmentor[3]), device='cpu')
+    expected = inference_model(model, str(folder / 'a.png')).pred_sem_seg.data[0].numpy()
+    assert np.array_equal(pixels(tmp_path / 'a_classes.png'), expected)
+
+
+@pytest.mark.parametrize('more', [(), ('--multi-scale',)])
+def test_segmentor_of_timm(tmp_path, monkeypatch, capsys, folder, more):
+    name = 'beit_plugin_tiny_patch16_upernet'
+    make = timm.create_model
+    small = dict(num_classes=300, depth=4, embed_dim=32, num_heads=2, img_size=32, channels=8)
+    monkeypatch.setattr(timm, 'is_model', lambda name: True)
+
+    def tiny(name, **options):
+        options.pop('pretrained', None)
+        return make('beit_plugin_base_patch16_640_upernet', **small)
+
+    monkeypatch.setattr(timm, 'create_model', tiny)
+    numbers, _, said = call(monkeypatch, capsys, tmp_path, folder / 'a.png', folder / 'sub', '--model', name, *more)
+    assert not said and len(numbers['images']) == 2
+    assert pixels(tmp_path / 'a_2_classes.png').shape == (33, 70)
+    assert all(key.startswith('class ') for found in numbers['images'].values() for key in found['classes'])
+
+
+@pytest.mark.parametrize(
+    ('args', 'reason'),
+    [
+        (('--attention', '12'), 'the model has the blocks 0 to 11'),
+        (('--attention', '2:3'), 'the block has the heads 0 to 2'),
+        (('--multi-scale',), 'is a classifier'),
+        (('--labels', 'none.txt'), '--labels none.txt does not exist'),
+        (('--model', 'beit_none'), 'is no model of timm'),
+        (('--checkpoint', 'none.pth'), '--checkpoint none.pth does not exist'),
+    ],
+)
+def test_refuses(args, reason, folder, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = ['predict.py', str(folder / 'a.png'), '--model', CLASSIFIER, '--checkpoint', str(weights)]
+    monkeypatch.setattr(sys, 'argv', [*start, '--device', 'cpu', *args])
+    with pytest.raises(DataError, match=reason):
+        predict.main()
+
+
+def test_refuses_inputs(tmp_path):
+    with pytest.raises(DataError, match='none does not exist'):
+        predict.find_images([tmp_path / 'none'])
+    with pytest.raises(DataError, match='no images in'):
+        predict.find_images([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ('args', 'reason'),
+    [
+        (('--config', 'c.py'), '--config needs --checkpoint'),
+        (('--model', 'x', '--attention', '1:'), 'expected BLOCK or BLOCK:HEAD'),
+        (('--model', 'x', '--top', '0'), 'expected a number of at least 1'),
+    ],
+)
+def test_refuses_arguments(args, reason, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['predict.py', 'a.png', *args])
+    with pytest.raises(SystemExit):
+        predict.parse_args()
+    assert reason in capsys.readouterr().err
+
+
+def test_names_and_colours():
+    names, palette = named(['a', 'b'], None, 3)  # not as many as the model has
+    assert (
+        names == ['class 0', 'class 1', 'class 2'] and palette.shape == (3, 3) and len(np.unique(palette, axis=0)) == 3
+    )
+    given = [[1, 2, 3], [4, 5, 6]]
+    assert named(['a', 'b'], given, 2)[1].tolist() == given
+    assert shares(np.array([[0, 2], [2, 2]]), ['a', 'b', 'c']) == {'c': 0.75, 'a': 0.25}

@@ -1,0 +1,237 @@
+"""Models that tools/predict.py asks: a segmentor of mmsegmentation's configuration, or any model of timm.
+
+Legend: B images, C classes, H W pixels.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from data_folders import DataError
+from PIL import Image, ImageOps
+from run_common import WARNING_NOISE
+
+RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of BEiT's multi-scale evaluation, each also mirrored
+ATTENTION_TOKENS = 4096  # of an image whose attention is drawn: weights take heads * tokens^2 numbers
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as people see it: RGB, turned by its EXIF data; errors as Pillow's."""
+    with Image.open(path) as file:
+        return ImageOps.exif_transpose(file).convert('RGB')
+
+
+@dataclass
+class Predictor:
+    """A model, its classes and how to ask it.
+
+    Attributes:
+        model: on its device, in evaluation mode.
+        classes: a name for each class.
+        palette: (C, 3) bytes.
+        segments: whether it gives a class for each pixel; else for each image.
+    """
+
+    model: Any
+    classes: list[str]
+    palette: np.ndarray
+    segments: bool
+    device: Any
+
+    def label_map(self, path: Path, multi_scale: bool) -> np.ndarray:
+        """Class numbers (H, W) of an image's pixels."""
+        raise NotImplementedError
+
+    def probabilities(self, paths: Sequence[Path]) -> list[np.ndarray]:
+        """Probabilities (C) of each image."""
+        raise NotImplementedError
+
+    def normalised(self, image: Image.Image) -> Any:
+        """The tensor (1, 3, H, W) that the encoder takes."""
+        raise NotImplementedError
+
+    def attentions(self, path: Path) -> tuple[Image.Image, list[Any], tuple[int, int]]:
+        """An image, shrunk where its tokens are too many, the attention weights (K, N, N) of all blocks, its grid."""
+        import torch
+
+        from beit_plugin import Beit
+
+        encoder = next((m for m in self.model.modules() if isinstance(m, Beit)), None)
+        if encoder is None:
+            raise DataError('--attention needs an encoder of this plugin, and the model has none.')
+        image = read_image(path)
+        patch_h, patch_w = encoder.patch_embed.patch_size
+        scale = (ATTENTION_TOKENS * patch_h * patch_w / (image.width * image.height)) ** 0.5
+        if scale < 1:
+            size = (max(patch_w, int(image.width * scale)), max(patch_h, int(image.height * scale)))
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        with torch.inference_mode():
+            _, grid, _, attentions = encoder.run_blocks(self.normalised(image), output_attentions=True)
+        return image, [weights[0].float().cpu() if weights.ndim == 4 else None for weights in attentions], grid
+
+
+class MMSegPredictor(Predictor):
+    """A segmentor by mmsegmentation's configuration, with its test pipeline or its multi-scale one."""
+
+    def __init__(self, config: Path, checkpoint: Path, device: str | None) -> None:
+        from mmengine.config import Config
+        from mmengine.device import get_device
+        from mmengine.registry import MODELS, init_default_scope
+
+        import beit_plugin.mm  # noqa: F401  registers
+        from beit_plugin.checkpoints.convert import CheckpointError
+        from beit_plugin.checkpoints.files import read_file, read_state_dict
+
+        for path, what in ((config, '--config'), (checkpoint, '--checkpoint')):
+            if not Path(path).is_file():
+                raise DataError(f'{what} {path} does not exist.')
+        for message in WARNING_NOISE:
+            warnings.filterwarnings('ignore', message=message)
+        cfg = Config.fromfile(config)
+        init_default_scope('mmseg')
+        self.cfg = cfg
+        cfg.model.pop('pretrained', None)
+        cfg.model.backbone.pop('pretrained', None)
+        model = MODELS.build(cfg.model)
+        try:
+            state, held = read_state_dict(checkpoint), read_file(checkpoint, 'meta')
+            model.load_state_dict({name.removeprefix('module.'): value for name, value in state.items()})
+        except CheckpointError as error:
+            raise DataError(f'{error}.') from error
+        except RuntimeError as error:
+            line = str(error).splitlines()[1:2] or [str(error)]
+            raise DataError(f'{checkpoint} does not fit {config}: {line[0].strip()[:300]}') from error
+        meta = (held.get('meta') or {}).get('dataset_meta') or cfg.test_dataloader.dataset.get('metainfo') or {}
+        count = model.decode_head.num_classes
+        classes, palette = named(list(meta.get('classes') or ()), meta.get('palette'), count)
+        device = device or get_device()
+        super().__init__(model.to(device).eval(), classes, palette, True, device)
+
+    def label_map(self, path: Path, multi_scale: bool) -> np.ndarray:
+        import torch
+        from mmengine.dataset import Compose, pseudo_collate
+        from mmengine.registry import MODELS
+
+        if multi_scale and 'tta_pipeline' not in self.cfg:
+            raise DataError('the configuration has no tta_pipeline, so --multi-scale cannot run.')
+        pipeline = _without_labels(self.cfg.tta_pipeline if multi_scale else self.cfg.test_pipeline)
+        model = self.model
+        if multi_scale:
+            model = MODELS.build({**self.cfg.tta_model, 'module': model}).eval()
+        batch = pseudo_collate([Compose(pipeline)(dict(img_path=str(path)))])
+        with torch.inference_mode():
+            result = model.test_step(batch)[0]
+        return result.pred_sem_seg.data[0].cpu().numpy().astype(np.int64)
+
+    def normalised(self, image: Image.Image) -> Any:
+        import torch
+
+        pixels = torch.from_numpy(np.asarray(image)[..., ::-1].copy()).permute(2, 0, 1)  # BGR, as its loader gives
+        data = self.model.data_preprocessor(dict(inputs=[pixels], data_samples=None), False)
+        return data['inputs']
+
+
+def _without_labels(pipeline: Any) -> list[Any]:
+    """A test pipeline that does not look for labels, also inside its augmentations."""
+    kept = []
+    for step in copy.deepcopy(list(pipeline)):
+        if isinstance(step, list):
+            step = _without_labels(step)
+            if step:
+                kept.append(step)
+        elif 'LoadAnnotations' not in str(step['type']):
+            if 'transforms' in step:
+                step['transforms'] = _without_labels(step['transforms'])
+            kept.append(step)
+    return kept
+
+
+class TimmPredictor(Predictor):
+    """A classifier or segmentor by its name in timm, with the image statistics of its configuration."""
+
+    def __init__(self, name: str, checkpoint: Path | None, labels: Path | None, device: str | None) -> None:
+        import timm
+        import torch
+        from timm.data.config import resolve_model_data_config
+        from timm.data.transforms_factory import create_transform
+
+        import beit_plugin  # noqa: F401  registers
+        from beit_plugin.models.segmentor import BeitSegmentor
+
+        if not timm.is_model(name):
+            raise DataError(f"--model {name} is no model of timm; timm.list_models('*beit*') names ours.")
+        if checkpoint is not None and not checkpoint.is_file():
+            raise DataError(f'--checkpoint {checkpoint} does not exist.')
+        try:
+            weights = dict(pretrained=True) if checkpoint is None else dict(checkpoint_path=str(checkpoint))
+            model = timm.create_model(name, **weights)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise DataError(f'{name} got no weights, name a --checkpoint: {str(error).splitlines()[0]}') from error
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        self.data = resolve_model_data_config(model)
+        self.transform = create_transform(**self.data, is_training=False)
+        classes, palette = named(_read_names(labels, model.num_classes), None, model.num_classes)
+        super().__init__(model.to(device).eval(), classes, palette, isinstance(model, BeitSegmentor), device)
+
+    def normalised(self, image: Image.Image) -> Any:
+        import torch
+        from torchvision.transforms.v2.functional import normalize, pil_to_tensor
+
+        pixels = normalize(pil_to_tensor(image).float() / 255, self.data['mean'], self.data['std'])
+        return torch.as_tensor(pixels, device=self.device)[None]
+
+    def label_map(self, path: Path, multi_scale: bool) -> np.ndarray:
+        import torch
+        from torch.nn.functional import interpolate
+
+        image = read_image(path)
+        total: Any = 0
+        with torch.inference_mode():
+            for ratio in RATIOS if multi_scale else (1.0,):
+                size = tuple(max(16, round(side * ratio)) for side in image.size)
+                x = self.normalised(image.resize(size, Image.Resampling.BICUBIC) if ratio != 1 else image)
+                for mirrored in (False, True) if multi_scale else (False,):
+                    logits = self.model(x.flip(3) if mirrored else x)
+                    logits = interpolate(logits.float(), image.size[::-1], mode='bilinear')
+                    total = total + (logits.flip(3) if mirrored else logits).softmax(1)
+        return total[0].argmax(0).cpu().numpy()
+
+    def probabilities(self, paths: Sequence[Path]) -> list[np.ndarray]:
+        import torch
+
+        x = torch.stack([self.transform(read_image(path)) for path in paths]).to(self.device)
+        with torch.inference_mode():
+            return list(self.model(x).float().softmax(1).cpu().numpy())
+
+
+def _read_names(labels: Path | None, count: int) -> list[str]:
+    """Names of the classes: lines of a file, ImageNet's for 1000, or none."""
+    if labels is not None:
+        if not labels.is_file():
+            raise DataError(f'--labels {labels} does not exist.')
+        names = labels.read_text().splitlines()
+        if len(names) != count:
+            raise DataError(f'--labels {labels} has {len(names)} lines, but the model has {count} classes.')
+        return names
+    if count == 1000:
+        from timm.data.imagenet_info import ImageNetInfo
+
+        info = ImageNetInfo()
+        return [info.index_to_description(i) for i in range(count)]
+    return []
+
+
+def named(classes: list[str], palette: Any, count: int) -> tuple[list[str], np.ndarray]:
+    """Names and colours for all classes: those that are given, and made-up ones."""
+    from colorsys import hsv_to_rgb
+
+    names = classes if len(classes) == count else [f'class {i}' for i in range(count)]
+    if palette is not None and len(palette) == count:
+        return names, np.asarray(palette, np.uint8)
+    # neighbours far apart: steps of the golden ratio around the circle of hues
+    colours = [hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.4 * (i % 2), 0.95 - 0.3 * (i // 2 % 2)) for i in range(count)]
+    return names, (255 * np.array(colours)).astype(np.uint8)
