@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 from timm.models import build_model_with_cfg, register_model
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from .checkpoints import CheckpointError
@@ -41,7 +42,14 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return {**fitted.state, **{own[name]: current[own[name]] for name in fresh}}
 
 
-def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]) -> nn.Module:
+def _create(
+    variant: str,
+    size: str,
+    pretrained: bool,
+    model_args: dict[str, Any],
+    kwargs: dict[str, Any],
+    levels: Any = (0, 1, 2, 3),
+) -> nn.Module:
     args = {**VARIANTS[size], **model_args, **kwargs}
     taps = args.pop('out_indices', None)
     if 'out_features' in args:
@@ -52,8 +60,12 @@ def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any
     add_fpn = args.pop('add_fpn', False)
     if add_fpn and not args.get('features_only', False):
         raise ValueError('add_fpn makes feature maps; it needs features_only=True')
-    # out_indices name blocks; with a pyramid these are what it reads, and its four levels are what comes out
-    level_or_block = (0, 1, 2, 3) if add_fpn else min(3, args['depth']) if taps is None else taps
+    # out_indices name blocks; with a pyramid these are what it reads, and its levels are what comes out
+    level_or_block = levels if add_fpn else min(3, args['depth']) if taps is None else taps
+
+    named = args.pop('return_dict', False)
+    if named and not args.get('features_only', False):
+        raise ValueError('return_dict gives feature maps by name; it needs features_only=True')
 
     def build(**model_kwargs: Any) -> nn.Module:
         model = BeitBackbone(out_indices=taps, add_fpn=True, **model_kwargs) if add_fpn else Beit(**model_kwargs)
@@ -65,9 +77,30 @@ def _create(variant: str, size: str, pretrained: bool, model_args: dict[str, Any
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'feature_cls': 'getter', 'out_indices': level_or_block, 'output_fmt': output_fmt},
+        feature_cfg={
+            'feature_cls': _NamedFeatures if named else 'getter',
+            'out_indices': level_or_block,
+            'output_fmt': output_fmt,
+        },
         **args,
     )
+
+
+class _NamedFeatures(FeatureGetterNet):
+    """Maps by name, '0' the finest: what torchvision's detectors take."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {str(i): y for i, y in enumerate(super().forward(x))}
+
+
+def _create_pyramid(
+    variant: str, size: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    """``add_fpn`` for hosts that pass nothing but ``features_only`` and ``out_indices``, which here name levels."""
+    if not kwargs.get('features_only', False):
+        raise ValueError(f'{variant} makes feature maps; it needs features_only=True')
+    levels = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return _create(variant, size, pretrained, {**model_args, 'add_fpn': True}, kwargs, levels)
 
 
 def _create_mim(
@@ -152,6 +185,42 @@ def beitv2_plugin_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> n
 def beitv2_plugin_large_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BEiT v2 large, 224 pixels, patch 16."""
     return _create('beitv2_plugin_large_patch16_224', 'large', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_tiny_patch16_224_fpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT tiny, 224 pixels, patch 16, as a pyramid of maps at strides 4, 8, 16 and 32 (features_only=True)."""
+    return _create_pyramid('beit_plugin_tiny_patch16_224_fpn', 'tiny', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_small_patch16_224_fpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT small, 224 pixels, patch 16, as a pyramid of maps at strides 4, 8, 16 and 32 (features_only=True)."""
+    return _create_pyramid('beit_plugin_small_patch16_224_fpn', 'small', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_base_patch16_224_fpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT base, 224 pixels, patch 16, as a pyramid of maps at strides 4, 8, 16 and 32 (features_only=True)."""
+    return _create_pyramid('beit_plugin_base_patch16_224_fpn', 'base', pretrained, {}, kwargs)
+
+
+@register_model
+def beit_plugin_large_patch16_224_fpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT large, 224 pixels, patch 16, as a pyramid of maps at strides 4, 8, 16 and 32 (features_only=True)."""
+    return _create_pyramid('beit_plugin_large_patch16_224_fpn', 'large', pretrained, {}, kwargs)
+
+
+@register_model
+def beitv2_plugin_base_patch16_224_fpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT v2 base, 224 pixels, patch 16, as a pyramid of maps at strides 4, 8, 16 and 32 (features_only=True)."""
+    return _create_pyramid('beitv2_plugin_base_patch16_224_fpn', 'base', pretrained, dict(init_values=1e-5), kwargs)
+
+
+@register_model
+def beitv2_plugin_large_patch16_224_fpn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BEiT v2 large, 224 pixels, patch 16, as a pyramid of maps at strides 4, 8, 16 and 32 (features_only=True)."""
+    return _create_pyramid('beitv2_plugin_large_patch16_224_fpn', 'large', pretrained, {}, kwargs)
 
 
 @register_model

@@ -20,7 +20,7 @@ NAME = 'beit_plugin_base_patch16_224'
 SMALL = dict(img_size=(48, 80), embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0)
 X = images(48, 80)
 V1, V2 = f'{NAME}.in22k_ft_in22k_in1k', 'beitv2_plugin_base_patch16_224.in1k_ft_in22k_in1k'
-ENCODERS = [n for n in timm.list_models('beit*_plugin_*') if not n.endswith(('_mim', '_upernet'))]
+ENCODERS = [n for n in timm.list_models('beit*_plugin_*') if not n.endswith(('_mim', '_upernet', '_fpn'))]
 
 
 def create(name=NAME, **options):

@@ -92,8 +92,8 @@ class BEiTBackbone(BeitBackbone):
         pretrained, init_cfg: a checkpoint of any dialect, given the short or the long way, which takes mmengine's
             ``prefix`` and the ``grid`` and ``drop`` of ``checkpoints.load`` too; mmengine's other initialisers work.
         use_rel_pos_bias, use_shared_rel_pos_bias: bias tables of each layer, or one for all (not both).
-        use_abs_pos_emb, use_mask_token, rel_pos_resize, attn_backend, pos_drop_rate, proj_drop_rate, init_std: as
-            ``models.beit.Beit``.
+        use_abs_pos_emb, use_mask_token, rel_pos_resize, window_size, global_blocks, attn_backend, pos_drop_rate,
+            proj_drop_rate, init_std: as ``models.beit.Beit``.
         out_features, add_fpn, reshape_hidden_states: as ``models.backbone.BeitBackbone``.
         fpn_norm_cfg: norm of the pyramid inside.
         with_cp: recompute blocks in the backward pass to save memory.
@@ -130,6 +130,8 @@ class BEiTBackbone(BeitBackbone):
         use_abs_pos_emb: bool = False,
         use_mask_token: bool = False,
         rel_pos_resize: ResizeRule = 'geometric',
+        window_size: int | tuple[int, int] | None = None,
+        global_blocks: Sequence[int] | None = None,
         attn_backend: str = 'auto',
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -175,6 +177,8 @@ class BEiTBackbone(BeitBackbone):
             use_abs_pos_emb=use_abs_pos_emb,
             use_mask_token=use_mask_token,
             rel_pos_resize=rel_pos_resize,
+            window_size=window_size,
+            global_blocks=global_blocks,
             attn_backend=attn_backend,
             add_fpn=add_fpn,
             reshape_hidden_states=reshape_hidden_states,

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kernel_support import is_exporting, needs_transforms, triton_by_default, triton_is_interpreted, triton_refusal
 from .relative_position import BiasGeometry, gather_bias, num_relative_distance, table_at
+from .windows import Windows
 
 __all__ = [
     'ATTENTION_BACKENDS',
@@ -272,22 +273,26 @@ class Attention(nn.Module):
         x: Tensor,
         geometry: BiasGeometry | None = None,
         shared_bias: Tensor | None = None,
+        windows: Windows | None = None,
         head_mask: Tensor | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends over all tokens.
+        """Attends over all tokens, or with ``windows`` over those of each window.
 
         Args:
             x: (B, N, C), N = 1 + h*w.
-            geometry: how this layer's table is read at the grid of x; needed if it has one. Without an index, the
-                fused kernels run.
+            geometry: how this layer's table is read at the grid of x, or of a window; needed if it has one. Without
+                an index, the fused kernels run.
             shared_bias: (K, N, N) bias common to all layers; without an index, its table ((2h-1)*(2w-1)+3, K).
+            windows: how the grid of x is cut; the shapes of the biases are then those of a window.
             head_mask: (K,) factors of the heads.
             return_weights: also return the attention weights (then computed by the eager reference).
 
         Returns:
-            (B, N, C), and the weights (B, K, N, N) or None.
+            (B, N, C), and None or the weights (B, K, N, N), with windows (B, windows, K, 1+wh*ww, 1+wh*ww).
         """
+        if windows is not None:  # before the projection, which makes three times as much to copy
+            x = windows.split(x)
         B, N, C = x.shape
         qkv_bias = None
         if self.q_bias is not None and self.v_bias is not None:
@@ -307,7 +312,7 @@ class Attention(nn.Module):
             from ..kernels.ops import attend  # not before it is needed: Triton looks for a GPU
 
             out = attend(qkv, bias, geometry.grid)  # B, N, K, D
-            return self.proj_drop(self.proj(out.flatten(2))), None
+            return self._project(out.flatten(2), windows), None
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, K, N, D
 
         dropout_p = self.attn_drop.p if self.training else 0.0
@@ -317,4 +322,9 @@ class Attention(nn.Module):
         else:
             out = attention(q, k, v, bias, dropout_p, self.backend)
         out = out.transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(out)), weights
+        if windows is not None and weights is not None:
+            weights = weights.unflatten(0, (-1, windows.total))  # B, windows, K, 1+wh*ww, 1+wh*ww
+        return self._project(out, windows), weights
+
+    def _project(self, x: Tensor, windows: Windows | None) -> Tensor:
+        return self.proj_drop(self.proj(x if windows is None else windows.merge(x)))

@@ -186,8 +186,16 @@ class BeitBackbone(Beit):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what the chosen maps do not need; the pyramid itself needs all four."""
+        """Removes what the chosen maps do not need: blocks, levels of the pyramid, the classifier."""
         if self.fpn is None:
             return super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        keep = sorted(set(take))
+        self.fpn.keep_levels(keep)
+        self.stages = tuple(self.stages[i] for i in keep)
+        self.feature_info = [self.feature_info[i] for i in keep]
         del self.blocks[max(self.stages) :]
-        return feature_take_indices(len(self.feature_info), indices)[0]
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, '')
+        return [keep.index(i) for i in take]

@@ -18,17 +18,19 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.layers import LayerNorm, trunc_normal_
+from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionBackend, attention_dtype, choose_backend
-from .block import Block, activation
+from .block import Block, BlockBias, PositionBias, activation
 from .checks import check_numbers, head_mask_by_layer
 from .embed import BeitPatchEmbed, check_mask
-from .relative_position import BiasGeometry, RelativePositionBias, bias_geometry
+from .initialisation import OfficialInitialisation
+from .relative_position import RelativePositionBias, bias_geometry
 from .resample import ResizeRule, check_rule, resize_abs_pos_embed
 from .timm_interface import TimmInterface
+from .windows import Windows, cut_windows, resolve_global_blocks, resolve_window
 
 __all__ = ['VARIANTS', 'Beit', 'BeitOutput']
 
@@ -48,11 +50,11 @@ class BeitOutput(NamedTuple):
     last_hidden_state: Tensor  # B, N, C
     pooler_output: Tensor | None  # B, C
     hidden_states: tuple[Tensor, ...]  # L + 1 times B, N, C: the embeddings and the output of every block
-    attentions: tuple[Tensor, ...]  # L times B, K, N, N, after softmax
+    attentions: tuple[Tensor, ...]  # L times B, K, N, N, after softmax; of windows B, windows, K, 1+wh*ww, 1+wh*ww
     grid: tuple[int, int]  # h, w
 
 
-class Beit(TimmInterface):
+class Beit(OfficialInitialisation, TimmInterface):
     """BEiT encoder and classifier.
 
     Args:
@@ -77,6 +79,9 @@ class Beit(TimmInterface):
         use_fc_norm: normalise after the pooling instead of before; by default for ``avg``.
         patch_norm: LayerNorm after the patch projection.
         rel_pos_resize: how bias tables are read at other sizes: ``geometric`` (official), ``linear``, ``bilinear``.
+        window_size: attend within windows of this many patches, int or (h, w), in all but the global blocks; a window
+            reads its layer's table as an image of its size does. None for attention over the whole image.
+        global_blocks: 0-based blocks without windows; by default the last one of each quarter. See ``windows``.
         attn_backend: ``auto``, ``eager``, ``sdpa`` or ``fused`` (Triton kernels); see ``attention.choose_backend``.
 
     Raises:
@@ -112,6 +117,8 @@ class Beit(TimmInterface):
         use_fc_norm: bool | None = None,
         patch_norm: bool = False,
         rel_pos_resize: ResizeRule = 'geometric',
+        window_size: int | tuple[int, int] | None = None,
+        global_blocks: Sequence[int] | None = None,
         attn_backend: AttentionBackend = 'auto',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -135,18 +142,20 @@ class Beit(TimmInterface):
         self.rel_pos_resize = rel_pos_resize
         self.init_std, self.head_init_scale = init_std, head_init_scale
         self.grad_checkpointing = False
+        self.attention_window = resolve_window(window_size)
+        self.global_blocks = resolve_global_blocks(global_blocks, depth, self.attention_window)
 
         self.patch_embed = BeitPatchEmbed(
             img_size, patch_size, in_chans, embed_dim, norm_layer if patch_norm else None, **dd
         )
-        window_size = self.window_size
+        native = self.window_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd)) if use_mask_token else None
-        num_tokens = 1 + window_size[0] * window_size[1]
+        num_tokens = 1 + native[0] * native[1]
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim, **dd)) if use_abs_pos_emb else None
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.use_rel_pos_bias = use_rel_pos_bias
-        self.rel_pos_bias = RelativePositionBias(window_size, num_heads, **dd) if use_shared_rel_pos_bias else None
+        self.rel_pos_bias = RelativePositionBias(native, num_heads, **dd) if use_shared_rel_pos_bias else None
 
         make_block = partial(
             Block,
@@ -159,7 +168,7 @@ class Beit(TimmInterface):
             init_values=init_values,
             act_layer=activation(act_layer),
             norm_layer=norm_layer,
-            window_size=window_size if use_rel_pos_bias else None,
+            window_size=native if use_rel_pos_bias else None,
             attn_backend=attn_backend,
             **dd,
         )
@@ -169,49 +178,14 @@ class Beit(TimmInterface):
 
     def _init_blocks(self, make_block: Callable[..., Block], depth: int, drop_path_rate: float) -> None:
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()
-        self.blocks = nn.ModuleList(make_block(drop_path=rate) for rate in rates)
+        self.blocks = nn.ModuleList(
+            make_block(drop_path=rate, windowed=i not in self.global_blocks) for i, rate in enumerate(rates)
+        )
 
     @property
     def window_size(self) -> tuple[int, int]:
         """(h, w) grid in patches of the native size, which the stored tables belong to."""
         return self.patch_embed.grid_size
-
-    def init_weights(self, needs_reset: bool = True) -> None:
-        """Official initialisation: truncated normal, depth-scaled output projections, zero bias tables.
-
-        Args:
-            needs_reset: also reset what its constructor has already set (norms, convolutions, layer scale, tables);
-                for a model that was built on the meta device.
-        """
-        for name, module in self.named_modules():
-            if needs_reset and name and hasattr(module, 'reset_parameters'):
-                module.reset_parameters()  # type: ignore[operator]
-            if isinstance(module, nn.Linear):
-                self._draw(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for token in (self.cls_token, self.mask_token, self.pos_embed):
-            if token is not None:
-                self._draw(token)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if needs_reset and name.endswith(('q_bias', 'v_bias', 'relative_position_bias_table')):
-                    parameter.zero_()
-            self._scale_blocks(self.blocks, 1, needs_reset)
-            if isinstance(self.head, nn.Linear) and self.head_init_scale:
-                self.head.weight.mul_(self.head_init_scale)
-
-    def _draw(self, tensor: Tensor) -> None:
-        trunc_normal_(tensor, std=self.init_std)
-
-    @torch.no_grad()
-    def _scale_blocks(self, blocks: Iterable[nn.Module], first: int, needs_reset: bool) -> None:
-        for i, block in enumerate(cast(Iterable[Block], blocks), start=first):
-            for gamma in (block.gamma_1, block.gamma_2):
-                if needs_reset and gamma is not None:
-                    gamma.fill_(block.init_values or 0.0)
-            block.attn.proj.weight.div_((2.0 * i) ** 0.5)
-            block.mlp.fc2.weight.div_((2.0 * i) ** 0.5)
 
     def embed(self, x: Tensor, bool_masked_pos: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Images to tokens.
@@ -262,25 +236,28 @@ class Beit(TimmInterface):
         x, states, attentions = self.run_layers(self.blocks[:num_blocks], x, bias, masks, stages, output_attentions)
         return x, grid, states, attentions
 
-    def position_bias(
-        self, grid: tuple[int, int], x: Tensor, weights: bool = False
-    ) -> tuple[BiasGeometry | None, Tensor | None]:
-        """How blocks read their tables at an (h, w) grid, and the bias they share: the arguments of ``Attention``.
+    def position_bias(self, grid: tuple[int, int], x: Tensor, weights: bool = False) -> PositionBias:
+        """How blocks read their tables at an (h, w) grid and in its windows, and the bias they share.
 
         ``x`` gives device and dtype; ``weights``: they are returned or masked. Blocks may have been cut out (Identity).
         """
+        full = self._bias_at(grid, x, weights)
+        windows = cut_windows(grid, self.attention_window)
+        return PositionBias(full, full if windows is None else self._bias_at(windows.size, x, weights, windows))
+
+    def _bias_at(self, grid: tuple[int, int], x: Tensor, weights: bool, windows: Windows | None = None) -> BlockBias:
         geometry = None
         if self.use_rel_pos_bias or self.rel_pos_bias is not None:
             chosen = choose_backend([cast(Block, b).attn for b in self.blocks if hasattr(b, 'attn')], x, weights)
             geometry = bias_geometry(self.window_size, grid, self.rel_pos_resize, x.device, chosen != 'fused')
         dtype = None if self.use_rel_pos_bias else attention_dtype(x)  # once for all layers, if it is added to no other
-        return geometry, None if self.rel_pos_bias is None else self.rel_pos_bias(geometry, dtype)
+        return BlockBias(geometry, None if self.rel_pos_bias is None else self.rel_pos_bias(geometry, dtype), windows)
 
     def run_layers(
         self,
         blocks: Iterable[nn.Module],
         x: Tensor,
-        bias: tuple[BiasGeometry | None, Tensor | None],
+        bias: PositionBias,
         head_masks: Sequence[Tensor | None] = (),
         stages: Iterable[int] = (),
         output_attentions: bool = False,
@@ -290,7 +267,8 @@ class Beit(TimmInterface):
         states = {0: x} if 0 in wanted else {}
         attentions = []
         for i, block in enumerate(blocks):
-            args = (x, *bias, head_masks[i] if head_masks else None, output_attentions)
+            here = bias.windowed if getattr(block, 'windowed', False) else bias.full
+            args = (x, *here, head_masks[i] if head_masks else None, output_attentions)
             recompute = self.grad_checkpointing and self.training
             x, weights = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             if i + 1 in wanted:

@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, C channels, K heads.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp, get_act_layer
@@ -14,8 +14,24 @@ from torch import Tensor, nn
 from .attention import Attention, AttentionBackend, attention_dtype
 from .kernel_support import is_exporting, is_plain, needs_transforms, triton_by_default, triton_refusal
 from .relative_position import BiasGeometry
+from .windows import Windows
 
-__all__ = ['Block', 'activation']
+__all__ = ['Block', 'BlockBias', 'PositionBias', 'activation']
+
+
+class BlockBias(NamedTuple):
+    """What a block gets to know of positions: arguments of ``Attention.forward``."""
+
+    geometry: BiasGeometry | None
+    shared_bias: Tensor | None
+    windows: Windows | None = None
+
+
+class PositionBias(NamedTuple):
+    """The same for all blocks of an encoder."""
+
+    full: BlockBias
+    windowed: BlockBias  # of blocks that attend within windows; where these cover the grid, as ``full``
 
 
 def activation(name: str | Callable) -> Callable[..., Any]:
@@ -76,6 +92,7 @@ class Block(nn.Module):
         mlp_ratio: hidden size of the MLP divided by ``dim``.
         drop_path: probability that a sample skips a branch in training.
         init_values: start of the layer scale; None or 0 for none.
+        windowed: the encoder shall give this block windows; it is all the same to the block itself.
     """
 
     def __init__(
@@ -91,12 +108,14 @@ class Block(nn.Module):
         act_layer: Callable[..., Any] = nn.GELU,
         norm_layer: Callable[..., nn.Module] = LayerNorm,
         window_size: tuple[int, int] | None = None,
+        windowed: bool = False,
         attn_backend: AttentionBackend = 'auto',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        self.windowed = windowed
         self.norm1 = norm_layer(dim, **dd)
         self.attn = Attention(dim, num_heads, qkv_bias, attn_drop, proj_drop, window_size, attn_backend, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
@@ -113,13 +132,14 @@ class Block(nn.Module):
         x: Tensor,
         geometry: BiasGeometry | None = None,
         shared_bias: Tensor | None = None,
+        windows: Windows | None = None,
         head_mask: Tensor | None = None,
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results as those of ``Attention.forward``."""
         if head_mask is None and not return_weights and self._takes_kernels(x):
-            return self._forward_fused(x, geometry, shared_bias), None
-        y, weights = self.attn(self.norm1(x), geometry, shared_bias, head_mask, return_weights)
+            return self._forward_fused(x, BlockBias(geometry, shared_bias, windows)), None
+        y, weights = self.attn(self.norm1(x), geometry, shared_bias, windows, head_mask, return_weights)
         x = x + self.drop_path1(self._scale(y, self.gamma_1, x.dtype))
         y = self.mlp(self.norm2(x))
         x = x + self.drop_path2(self._scale(y, self.gamma_2, x.dtype))
@@ -146,12 +166,12 @@ class Block(nn.Module):
 
         return x.dtype in DTYPES and x.shape[-1] <= MAX_CHANNELS
 
-    def _forward_fused(self, x: Tensor, geometry: BiasGeometry | None, shared_bias: Tensor | None) -> Tensor:
+    def _forward_fused(self, x: Tensor, bias: BlockBias) -> Tensor:
         from ..kernels.residual_ops import add_norm, layer_norm, scaled_add
 
         dtype = attention_dtype(x)  # what the linear layers would cast to
         norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
-        y, _ = self.attn(layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype), geometry, shared_bias)
+        y, _ = self.attn(layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype), *bias)
         keep = _draw_keep(self.drop_path1, x)
         x, normed = add_norm(x, y, self.gamma_1, keep, norm2.weight, norm2.bias, norm2.eps, dtype)
         y = self.mlp(normed)

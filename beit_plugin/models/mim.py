@@ -22,13 +22,11 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from .beit import Beit
-from .block import Block
-from .relative_position import BiasGeometry
+from .block import Block, PositionBias
 from .segmentation_loss import LabelGuard
 
 __all__ = ['BeitForMaskedImageModeling', 'BeitV2ForMaskedImageModeling', 'MIMOutput']
 
-PositionBias = tuple[BiasGeometry | None, Tensor | None]  # what Beit.position_bias gives
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

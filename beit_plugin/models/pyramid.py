@@ -101,6 +101,13 @@ class FeaturePyramid(nn.Module):
                 name, _, factor = _LEVELS[rescale]
                 self.add_module(name, nn.MaxPool2d(kernel_size=factor, stride=factor))
 
+    def keep_levels(self, levels: Sequence[int]) -> None:
+        """Removes all levels but those at these positions, which are in order."""
+        for i, rescale in enumerate(self.rescales):
+            if i not in levels:
+                delattr(self, _LEVELS[rescale][0])
+        self.rescales = tuple(self.rescales[i] for i in levels)
+
     def forward(
         self,
         maps: Sequence[Tensor],

@@ -161,8 +161,9 @@ def test_forward_intermediates_of_a_pyramid_counts_levels():
 def test_pruning():
     model = backbone(add_fpn=True, out_indices=(0, 0, 1, 2))
     maps = model(X)
-    assert model.prune_intermediate_layers([1, 2]) == [1, 2] and len(model.blocks) == 3
-    assert all(torch.equal(a, b) for a, b in zip(model(X), maps, strict=True))
+    assert model.prune_intermediate_layers([1, 2]) == [0, 1] and len(model.blocks) == 2
+    assert all(torch.equal(a, b) for a, b in zip(model(X), maps[1:3], strict=True))
+    assert [f['reduction'] for f in model.feature_info] == [8, 16] and not list(model.head.parameters())
     model = backbone(out_indices=(0, 1))
     assert model.prune_intermediate_layers([0, 1]) == [0, 1] and len(model.blocks) == 2 and len(model(X)) == 2
 

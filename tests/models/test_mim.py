@@ -12,7 +12,7 @@ from mim_common import MASK, SIZES, TOKENS, V1, V2, VOCAB, M, X, batch, build, l
 def by_hand(model, x, mask):
     """Logits (B, h*w, vocab_size) of each branch, written out."""
     x, grid = model.embed(x, mask)
-    bias = model.position_bias(grid, x)
+    bias = model.position_bias(grid, x).full
     states = [x]
     for block in model.blocks:
         states.append(block(states[-1], *bias)[0])

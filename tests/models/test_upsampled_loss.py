@@ -156,3 +156,14 @@ def test_registration(dtype):
     weights = torch.rand(3, dtype=dtype)
     for arguments in ((logits, labels, None, 255, False), (logits, labels, weights, 255, True)):
         torch.library.opcheck(upsampled_loss._forward, arguments)
+
+
+@pytest.mark.parametrize(
+    ('logits', 'labels'),
+    [((2, 1, 3, 4), (2, 6, 8)), ((2, 3, 3, 4), (1, 6, 8)), ((2, 3, 3, 4), (2, 1, 6, 8)), ((2, 3, 3, 4), None)],
+    ids=str,
+)
+def test_refuses(logits, labels):
+    given = torch.zeros(2, 6, 8) if labels is None else torch.zeros(labels, dtype=torch.long)
+    with pytest.raises(ValueError, match=r'expected \(B, K, h, w\) with K >= 2 and integers \(B, H, W\)'):
+        upsampled_cross_entropy(torch.randn(logits), given)
