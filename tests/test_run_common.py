@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tools_common import SHAPES_CONFIG, cut, image_folder
+from tools_common import SHAPES_CONFIG, cut, image_folder, turn
 
 if importlib.util.find_spec('mmseg') is None:
     pytest.skip("needs the extra: pip install 'beit-plugin[mmseg]'", allow_module_level=True)
@@ -72,6 +72,39 @@ class TestData:
         assert check_data(cfg.train_dataloader.dataset) == 10
         with pytest.raises(DataError, match='has no test_dataloader: there is nothing to evaluate on'):
             evaluate(cfg, 'https://host/weights.pth', tta=False)
+
+    def test_images_as_they_are_stored(self, data):
+        """What the sentence about EXIF data advises is taken by the check before the run too."""
+        turn(data / 'images/training/1.jpg')
+        cfg = shapes_config()
+        dataset = cfg.train_dataloader.dataset
+        dataset.data_root = str(data)
+        with pytest.raises(
+            DataError, match=r"1.jpg is 40 x 48 \(after its EXIF .* color_type='color_ignore_orientation'"
+        ):
+            check_data(dataset)
+        dataset.pipeline[0].color_type = 'color_ignore_orientation'
+        assert check_data(dataset) == 5
+
+    def test_mmsegmentations_own_augmentations_and_a_resume_past_the_end(self, data, tmp_path, capsys):
+        from run_common import train
+
+        cfg = shapes_config(work_dir=str(tmp_path / 'work'), **{'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2})
+        for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.data_root = str(data)
+            loader.update(num_workers=0, persistent_workers=False)
+        cfg.train_dataloader.batch_size = 2
+        cfg.default_hooks.checkpoint.interval = 2
+        checkpoint, _, _ = train(copy.deepcopy(cfg))
+        cfg.tta_model.type = 'SegTTAModel'  # averages the logits, which our configurations do without
+        assert evaluate(cfg, checkpoint, tta=True)['mIoU'] >= 0
+        cfg.update(resume=True, train_cfg=dict(cfg.train_cfg, max_iters=1))
+        capsys.readouterr()
+        train(cfg)
+        assert (
+            'nothing was trained: the checkpoint is that of 2, and the configuration ends at 1'
+            in capsys.readouterr().out
+        )
 
     def test_files_that_are_left_out(self, data, capsys):
         from mmseg.registry import DATASETS

@@ -12,7 +12,7 @@ from tools_common import ROOT, SHAPES_CONFIG, cut, image_folder, turn, width, wr
 
 from data_folders import DataError, check_values, colours, detect, read_label  # isort: skip
 from make_shapes import CLASSES, make_shapes  # isort: skip
-from plot_run import plot_curve, read_scalars  # isort: skip
+from plot_run import minutes, plot_comparison, plot_curve, read_scalars  # isort: skip
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -217,6 +217,20 @@ class TestPlots:
         self.log(tmp_path, '3', [{'loss': 1.0, 'step': 20}, {'mIoU': 50.0, 'step': 20}])  # resumed from 10
         assert [(row['step'], row.get('loss')) for row in read_scalars(tmp_path)] == [(10, 3.0), (20, 1.0), (20, None)]
         assert width(plot_curve(tmp_path)) > 500
+
+    def test_killed_while_it_wrote(self, tmp_path):
+        self.log(tmp_path, '1', [{'loss': 9.0, 'step': 10}])
+        with open(tmp_path / '1/vis_data/scalars.json', 'a') as file:
+            file.write('\n{"loss": 8.0, "st')
+        assert read_scalars(tmp_path) == [{'loss': 9.0, 'step': 10}]
+
+    def test_compared_runs(self, tmp_path):
+        for name, seconds in (('a', 3.0), ('b', 6.0)):
+            rows = [{'loss': 5.0 / step, 'step': step, 'time': seconds} for step in (10, 20)]
+            self.log(tmp_path / name, '1', [*rows, {'mIoU': 50.0, 'step': 20}])
+        assert minutes(read_scalars(tmp_path / 'b')) == {0: 0.0, 10: 1.0, 20: 2.0}
+        picture = plot_comparison([tmp_path / 'a', tmp_path / 'b'], 0)
+        assert picture == tmp_path / 'a/comparison.png' and width(picture) > 800
 
     def test_without_a_log(self, tmp_path):
         with pytest.raises(DataError, match='no training log'):

@@ -75,8 +75,8 @@ def read_label(path: Path) -> np.ndarray:
     return label
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image as training sees it, turned by its EXIF data; every byte is read.
+def image_size(path: Path, turn: bool) -> tuple[tuple[int, int], bool]:
+    """Height and width of an image, turned by its EXIF data if `turn`, and whether it was; every byte is read.
 
     Raises:
         DataError: not an image, or a damaged one.
@@ -84,16 +84,20 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as file:
             width, height = file.size
-            turned = file.getexif().get(EXIF_ORIENTATION, 1) >= 5
+            turned = turn and file.getexif().get(EXIF_ORIENTATION, 1) >= 5
             file.draft('L', (1, 1))  # a JPEG is decoded at an eighth of its size, which also meets its end
             file.load()
     except UNREADABLE as error:
         raise DataError(f'{path} cannot be read as an image: {error}') from error
-    return (width, height) if turned else (height, width)
+    return ((width, height) if turned else (height, width)), turned
 
 
-def label_values(pairs: Iterable[tuple[Path, Path]]) -> dict[int, Path]:
+def label_values(pairs: Iterable[tuple[Path, Path]], turn: bool = True) -> dict[int, Path]:
     """Every value in the labels of these pairs of image and label, with the first label that has it.
+
+    Args:
+        pairs: of paths.
+        turn: whether training turns images by their EXIF data.
 
     Raises:
         DataError: a file cannot be read, image and label differ in size, or have a side of a single pixel.
@@ -101,11 +105,17 @@ def label_values(pairs: Iterable[tuple[Path, Path]]) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for image, path in pairs:
         label = read_label(path)
-        size = image_size(image)
+        size, turned = image_size(image, turn)
         if label.shape != size:
+            remedy = (
+                ' (after its EXIF rotation): they must have one size; where labels belong to images as stored, '
+                "load these by color_type='color_ignore_orientation'."
+                if turned
+                else ': they must have one size.'
+            )
             raise DataError(
-                f'{path} is {label.shape[1]} x {label.shape[0]} pixels, but its image {image} is {size[1]} x {size[0]} '
-                '(after its EXIF rotation): they must have one size.'
+                f'{path} is {label.shape[1]} x {label.shape[0]} pixels, but its image {image} is {size[1]} x {size[0]}'
+                f'{remedy}'
             )
         if min(size) < 2:  # mmsegmentation drops such a side of the label when it reads it
             raise DataError(f'{image} is {size[1]} x {size[0]} pixels, expected at least 2 x 2: enlarge or remove it.')

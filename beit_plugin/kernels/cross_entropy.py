@@ -12,6 +12,9 @@ S pixels of a cell at a time, SX of them in a row; X cells or logits of a row. E
 import triton
 import triton.language as tl
 
+# the types of Triton's functions are wider than what they give here
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -105,6 +108,8 @@ def forward_kernel(
     at += image * H * W
     label = tl.load(labels + at, mask=exists, other=ignored).to(tl.int32)
     counts = exists & (label != ignored)
+    wrong = counts & ((label < 0) | (label >= K))  # no class: nothing is read for them, and their loss is NaN
+    counts &= (label >= 0) & (label < K)
     label = tl.where(counts, label, 0)
     first = logits + image * stride_b
     # each thread goes through its own classes; all meet at the end
@@ -129,7 +134,8 @@ def forward_kernel(
     if class_weight is not None:
         loss *= tl.load(class_weight + label, mask=counts, other=0.0)
     program = (image * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(losses + program, tl.sum(tl.sum(tl.where(counts, loss, 0.0), 0), 0))
+    loss = tl.where(wrong, float('nan'), tl.where(counts, loss, 0.0))
+    tl.store(losses + program, tl.sum(tl.sum(loss, 0), 0))
     tl.store(rights + program, tl.sum(tl.sum((counts & (choice == label)).to(tl.int32), 0), 0))
 
 
@@ -176,7 +182,7 @@ def backward_kernel(
             at, down, right, exists = _pixels(cell_y, cell_x, skip_y, skip_x, scale_y, scale_x, H, W, ALIGN, S, SX)
             at += image * H * W
             label = tl.load(labels + at, mask=exists, other=ignored).to(tl.int32)
-            counts = exists & (label != ignored)
+            counts = exists & (label != ignored) & (label >= 0) & (label < K)
             share_y = tl.where(above == 1, down, 1.0 - down)
             share_y = tl.where((cell_y < 0) | (cell_y == h - 1), 1.0, share_y)
             share_x = tl.where(left == 1, right, 1.0 - right)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import cross_entropy
-from .launch import DTYPES, ceil_div
+from .launch import ceil_div, power_of_2
 
-__all__ = ['DTYPES', 'backward', 'forward']
+__all__ = ['backward', 'forward']
 
 kernels: Any = cross_entropy  # a kernel is called by grid and options that its signature does not show
 
@@ -28,20 +28,15 @@ def _axis(old: int, new: int, align_corners: bool) -> tuple[float, int]:
         scale = old / new
     scale = max(scale, 1e-12)  # 0 puts all at the first logit
     inverse = min(1 / scale, float(new))
-    exact = inverse == _power_of_two(math.ceil(inverse))
+    exact = inverse == power_of_2(math.ceil(inverse))
     return scale, math.ceil(inverse) + (0 if exact else 1)  # one more by rounding
-
-
-def _power_of_two(number: int) -> int:
-    """The next one that is not less."""
-    return 1 << (number - 1).bit_length()
 
 
 def _plan(small: tuple[int, int], large: tuple[int, int], align_corners: bool) -> tuple[list[Any], dict[str, Any]]:
     """Scales and numbers of chunks, and the constants of both kernels."""
     (scale_y, count_y), (scale_x, count_x) = (_axis(*ends, align_corners) for ends in zip(small, large, strict=True))
-    columns = min(_power_of_two(count_x), PIXELS)
-    rows = min(_power_of_two(count_y), PIXELS // columns)
+    columns = min(power_of_2(count_x), PIXELS)
+    rows = min(power_of_2(count_y), PIXELS // columns)
     constants = dict(
         ALIGN=align_corners, S=rows * columns, SX=columns, BLOCK_X=BLOCK // (rows * columns), BLOCK_K=BLOCK_K,
         num_warps=WARPS,

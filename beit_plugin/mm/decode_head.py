@@ -24,7 +24,8 @@ EPS = torch.finfo(torch.float32).eps  # that mmsegmentation adds to what it divi
 class _LeanLoss(BaseDecodeHead):
     """Softmax cross-entropy and accuracy of a `BaseDecodeHead`, computed band by band from the small logits.
 
-    Other losses, samplers and unreduced losses see the enlarged logits, as in mmsegmentation.
+    Other losses, samplers and unreduced losses see the enlarged logits, as in mmsegmentation. Labels that are no class
+    are reported with their image and values.
 
     Raises:
         ValueError: one output channel with a softmax, whose cross-entropy is always 0.
@@ -38,6 +39,7 @@ class _LeanLoss(BaseDecodeHead):
                 '0: use num_classes=2 and let the background be class 0 (no reduce_zero_label), or '
                 "loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True) and a threshold"
             )
+        self._label_guard = LabelGuard('check num_classes, and whether the dataset needs reduce_zero_label=True')
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """The losses of `BaseDecodeHead.loss_by_feat`, by name, and `acc_seg` in percent.
@@ -68,6 +70,23 @@ class _LeanLoss(BaseDecodeHead):
         found['acc_seg'] = (right[None] + EPS) * (100.0 / (counts + EPS))
         return found
 
+    def _stack_batch_gt(self, batch_data_samples: SampleList) -> Tensor:
+        """Labels of the batch (B, 1, H, W), checked; `loss_by_feat` asks for them first."""
+        losses = self._losses()
+        # a single output with a sigmoid tells two classes apart
+        binary = self.out_channels == 1 and any(getattr(loss, 'use_sigmoid', False) for loss in losses)
+        labels = self._label_guard(
+            super()._stack_batch_gt(batch_data_samples),
+            2 if binary else self.num_classes,
+            self.ignore_index,
+            [sample.get('img_path', f'{i} of the batch') for i, sample in enumerate(batch_data_samples)],
+        )
+        if labels.is_cuda:
+            # another head reads the samples next: let it see the labels without those that are no class
+            for sample, checked in zip(batch_data_samples, labels, strict=True):
+                sample.gt_sem_seg.data = checked
+        return labels
+
     def _losses(self) -> list[nn.Module]:
         return list(self.loss_decode) if isinstance(self.loss_decode, nn.ModuleList) else [self.loss_decode]
 
@@ -93,7 +112,7 @@ def _is_reduced_softmax(loss: nn.Module) -> TypeGuard[CrossEntropyLoss]:
 class BEiTFCNHead(_LeanLoss, FCNHead):
     """mmsegmentation's `FCNHead`, its arguments and weights; the loss takes the memory of the small logits.
 
-    `norm_cfg` SyncBN also trains on the CPU.
+    Labels outside the classes are reported with their image and values; `norm_cfg` SyncBN also trains on the CPU.
     """
 
     def __init__(self, *args: Any, norm_cfg: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
@@ -129,25 +148,7 @@ class BEiTUPerHead(UPerNetLayers, _LeanLoss):
             act_layer=None if self.act_cfg is None else partial(build_activation_layer, self.act_cfg),
         )
         self._build_layers(cast(Sequence[int], self.in_channels), self.channels, pool_scales, block)
-        self._label_guard = LabelGuard('check num_classes, and whether the dataset needs reduce_zero_label=True')
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Maps of the neck to logits (B, out_channels, h, w) at the resolution of the first selected one."""
         return self.cls_seg(self.fuse(list(self._transform_inputs(inputs))))
-
-    def _stack_batch_gt(self, batch_data_samples: SampleList) -> Tensor:
-        """Labels of the batch (B, 1, H, W), checked; `loss_by_feat` asks for them first."""
-        losses = self._losses()
-        # a single output with a sigmoid tells two classes apart
-        binary = self.out_channels == 1 and any(getattr(loss, 'use_sigmoid', False) for loss in losses)
-        labels = self._label_guard(
-            super()._stack_batch_gt(batch_data_samples),
-            2 if binary else self.num_classes,
-            self.ignore_index,
-            [sample.get('img_path', f'{i} of the batch') for i, sample in enumerate(batch_data_samples)],
-        )
-        if labels.is_cuda:
-            # an auxiliary head reads the samples next: let it see the labels without those that are no class
-            for sample, checked in zip(batch_data_samples, labels, strict=True):
-                sample.gt_sem_seg.data = checked
-        return labels

@@ -25,7 +25,8 @@ class LabelGuard:
 
     On the CPU the report is immediate. On CUDA asking would make the CPU wait for the whole forward pass in every
     step, so wrong labels are ignored in their own step and reported in the next one, when the answer has long arrived;
-    an out-of-bounds label would otherwise end the process with a device-side assert that names nothing.
+    an out-of-bounds label would otherwise end the process with a device-side assert that names nothing. In compiled
+    code nothing is checked: there the loss of such labels is NaN, see `upsampled_cross_entropy`.
 
     Args:
         hint: what the user can do, the end of the sentence.

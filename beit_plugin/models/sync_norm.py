@@ -50,7 +50,7 @@ class SyncBatchNorm(_BatchNorm):
         return out
 
     def _is_synchronised(self) -> bool:
-        if not self.training and self.running_mean is not None:
+        if not self.training:  # also without running statistics: processes may evaluate different numbers of images
             return False
         if not distributed.is_available() or not distributed.is_initialized():
             return False

@@ -31,6 +31,8 @@ def upsampled_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the pixels' cross-entropies after bilinear resizing of the logits, and how many pixels are right.
 
+    The callers check the labels (`LabelGuard`): one that is no class makes the sum NaN on a GPU, else an IndexError.
+
     Args:
         logits: (B, K, h, w), K >= 2, of any floating dtype; computed in float32 or wider.
         labels: (B, H, W) integers: classes 0 to K - 1, or ``ignore_index``.
@@ -41,7 +43,15 @@ def upsampled_cross_entropy(
     Returns:
         The sum, a scalar of float32 or wider; and the number of pixels whose largest logit is that of their label,
         int64 and without gradient. Neither is divided by anything.
+
+    Raises:
+        ValueError: one class, or labels of another shape or type.
     """
+    if logits.shape[1] < 2 or labels.ndim != 3 or len(labels) != len(logits) or labels.is_floating_point():
+        raise ValueError(
+            f'got logits of shape {tuple(logits.shape)} and {labels.dtype} labels of shape {tuple(labels.shape)}, '
+            'expected (B, K, h, w) with K >= 2 and integers (B, H, W)'
+        )
     ignored = NONE if ignore_index is None else ignore_index
     if class_weight is not None:
         class_weight = class_weight.detach().to(logits.device, torch.promote_types(logits.dtype, torch.float32))

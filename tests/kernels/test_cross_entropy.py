@@ -111,3 +111,16 @@ def test_every_element_is_written(kernels, monkeypatch):
     monkeypatch.setattr(torch, 'empty_strided', poisoned(make_strided))
     got = torch.autograd.grad(upsampled_cross_entropy(logits, labels)[0], logits)[0]
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize('wrong', [-1, 5, 200])
+def test_labels_that_are_no_class(wrong, kernels):
+    """Nothing is read out of bounds, and the loss is no number; where the label is to be ignored it is."""
+    logits, labels = inputs(5, (3, 4), (7, 13))
+    weight = torch.rand(5, device=DEVICE)
+    expected = upsampled_cross_entropy(logits, labels.masked_fill(labels == 0, 255), weight)[0]
+    labels[labels == 0] = wrong
+    total, _ = upsampled_cross_entropy(logits, labels, weight)
+    assert total.isnan() and torch.autograd.grad(total, logits)[0].isfinite().all()
+    labels[labels == 255] = wrong
+    assert torch.equal(upsampled_cross_entropy(logits, labels, weight, ignore_index=wrong)[0], expected)

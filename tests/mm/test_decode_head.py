@@ -15,7 +15,7 @@ from mmengine.registry import MODELS
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from beit_plugin.mm.decode_head import BEiTUPerHead
+from beit_plugin.mm.decode_head import BEiTFCNHead, BEiTUPerHead
 from beit_plugin.mm.norm import BEiTSyncBN
 
 # mmsegmentation 1.2.2 warns about its own builders
@@ -100,6 +100,10 @@ def test_names_the_image_and_its_wrong_labels(paths, name):
     sentence = rf'image {name} has the labels 7, 150, but there are only the 5 classes 0 to 4; .*reduce_zero_label'
     with pytest.raises(ValueError, match=sentence):
         head().loss(maps(), samples(labels, paths), {})
+    alone = BEiTFCNHead(in_channels=4, in_index=0, channels=6, num_classes=5, norm_cfg={'type': 'SyncBN'})
+    assert isinstance(alone.convs[0].norm, BEiTSyncBN)
+    with pytest.raises(ValueError, match=sentence):
+        alone.loss(maps(), samples(labels, paths), {})
 
 
 @pytest.mark.parametrize('classes', [1, 2])
