@@ -16,7 +16,9 @@ OPENMMLAB = {'mmengine', 'mmcv', 'mmseg', 'mmdet', 'mmpretrain'}
 # timm's private helpers are the ones that every model of timm itself uses.
 ALLOWED = {
     'models': {'torch', 'timm.layers', 'timm.models._features', 'models'},
-    'models.attention': {'torch', 'models.kernel_support', 'models.relative_position', 'models.resample', 'kernels'},
+    'models.attention': {
+        'torch', 'models.kernel_support', 'models.relative_position', 'models.resample', 'models.windows', 'kernels',
+    },
     'models.block': {'torch', 'timm.layers', 'models', 'kernels'},
     'models.kernel_support': {'torch', 'triton'},
     'models.relative_position': {'torch', 'models.resample'},
@@ -24,11 +26,13 @@ ALLOWED = {
     'models.upsampled_loss': {'torch', 'models.kernel_support', 'models.resample', 'kernels'},
     'kernels': {'torch', 'triton', 'kernels'},
     'tokenizers': {'torch', 'timm.layers', 'models', 'tokenizers', 'checkpoints'},
+    'tokenizers.picture': {'torch', 'numpy', 'PIL', 'tokenizers'},
     'checkpoints': {
         'torch', 'timm.layers', 'safetensors', 'numpy', 'huggingface_hub', 'models.resample',
         'models.relative_position', 'checkpoints',
     },
     'masking': {'torch', 'numpy'},
+    'mim_data': {'torch', 'torchvision', 'numpy', 'PIL', 'image_inputs', 'masking', 'models.checks'},
     'image_inputs': {'torch', 'numpy', 'PIL'},
     'image_options': {'PIL'},
     'image_processor': {'torch', 'numpy', 'PIL', 'image_inputs', 'image_options'},
@@ -36,7 +40,7 @@ ALLOWED = {
     'timm_cfgs': {'timm'},
     'mm': {
         'torch', 'torchvision', 'timm', 'numpy', 'PIL', 'mm', 'models', 'checkpoints', 'tokenizers', 'masking',
-        *OPENMMLAB,
+        'mim_data', *OPENMMLAB,
     },
     '': {'torch', 'timm', 'models', 'timm_models', '_script', 'image_processor', 'mm'},  # __init__, __main__, _script
 }  # fmt: skip

@@ -30,7 +30,10 @@ def read_scalars(work_dir: Path) -> list[dict[str, float]]:
     """
     rows: list[dict[str, float]] = []
     for file in sorted(work_dir.glob('*/vis_data/scalars.json')):
-        new = [row for row in map(json.loads, file.read_text().splitlines()) if row.get('step')]
+        lines = file.read_text().splitlines()
+        if lines and not lines[-1].endswith('}'):
+            lines.pop()  # the training was killed while it wrote
+        new = [row for row in map(json.loads, lines) if row.get('step')]
         if new:
             rows = [row for row in rows if row['step'] < new[0]['step']] + new
     if not rows:

@@ -8,13 +8,14 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from data_folders import DataError
 from run_data import check_data, data_sets, report_left_out
+from run_mim import check_tokenizer, is_pretraining, result, sentence, summary
 
 _RUN_NUMBERS = itertools.count(1)
 # mmengine opens with its whole environment, configuration and hooks; these stay in the log file
@@ -27,12 +28,14 @@ CONSOLE_NOISE = (
     '"FileClient" will be deprecated',
     '"HardDiskBackend" is the alias',
 )
+OUR_OWN = (ValueError,)  # what our pre-training models raise for settings that do not fit, in a sentence
 # mmsegmentation warns about its own code and defaults at every start, and in multi-scale testing at every image
 WARNING_NOISE = (
     'The draw is False',
     '``build_loss`` would be deprecated',
     'Default ``avg_non_ignore`` is False',
     'The shape of value will convert',
+    "'pin_memory' argument is set as true",  # PyTorch, where there is no GPU: the configurations are for those who have
 )
 
 
@@ -167,6 +170,13 @@ def _load(model: Any, checkpoint: Path) -> None:
         raise DataError(f'{checkpoint} does not fit the configuration: {" and ".join(parts)}.')
 
 
+def scope_of(cfg: Any) -> AbstractContextManager:
+    """Where the names of a configuration are looked up; a training before it in this process may have left another."""
+    from mmengine.registry import DefaultScope
+
+    return DefaultScope.overwrite_default_scope(cfg.get('default_scope'))
+
+
 def length(cfg: Any) -> str:
     """How long a configuration trains, in words."""
     count, what = cfg.train_cfg.get('max_epochs'), 'epoch'
@@ -191,22 +201,12 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
 
     cfg = runner.cfg
     module = _inner(runner.model)
-    parameters = sum(p.numel() for p in module.parameters()) / 1e6
-    parts = _parts(module)
     device = get_device()
     if device == 'cuda':
         device = torch.cuda.get_device_name()
     else:
         device += f', {torch.get_num_threads()} threads'
-    size = getattr(module.data_preprocessor, 'size', None)
-    trained = f'crops of {" x ".join(map(str, size))} px' if size else 'sizes of the pipeline'
-    tested = 'windows' if module.test_cfg.mode == 'slide' else 'whole images'
-    lines = [
-        f'model       {" + ".join(type(part).__name__ for part in parts)}, {parameters:.1f} M parameters',
-        f'classes     {parts[-1].num_classes}',
-        f'resolution  {trained} in training, {tested} in testing',
-        f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}',
-    ]
+    lines = summary(cfg, module, counts) if is_pretraining(cfg) else _segmentor(module, counts)
     if 'training' in counts:
         batch = cfg.train_dataloader.batch_size * get_world_size() * cfg.optim_wrapper.get('accumulative_counts', 1)
         lines.append(
@@ -215,6 +215,21 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
         )
     lines += [f'device      {device}, {get_world_size()} process(es)', f'output      {cfg.work_dir}']
     return '\n'.join(f'  {line}' for line in lines)
+
+
+def _segmentor(module: Any, counts: dict[str, int]) -> list[str]:
+    """Lines about a segmentor and its data."""
+    parameters = sum(p.numel() for p in module.parameters()) / 1e6
+    parts = _parts(module)
+    size = getattr(module.data_preprocessor, 'size', None)
+    trained = f'crops of {" x ".join(map(str, size))} px' if size else 'sizes of the pipeline'
+    tested = 'windows' if module.test_cfg.mode == 'slide' else 'whole images'
+    return [
+        f'model       {" + ".join(type(part).__name__ for part in parts)}, {parameters:.1f} M parameters',
+        f'classes     {parts[-1].num_classes}',
+        f'resolution  {trained} in training, {tested} in testing',
+        f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}',
+    ]
 
 
 def _start(cfg: Any, counts: dict[str, int]) -> Any:
@@ -229,37 +244,48 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
     for message in WARNING_NOISE:
         warnings.filterwarnings('ignore', message=message)
     with redirect_stdout(_Console(sys.stdout)):
-        runner = Runner.from_cfg(cfg)
+        runner = _run(lambda: Runner.from_cfg(cfg), OUR_OWN if is_pretraining(cfg) else ())
     if is_main_process():
         print(_summary(runner, counts), flush=True)
     return runner
 
 
-def train(cfg: Any) -> tuple[Path | None, float | None]:
-    """Train by mmengine's Runner; returns the last checkpoint and the last mIoU, None where there is none."""
+def train(cfg: Any) -> tuple[Path | None, str, float | None]:
+    """Train by mmengine's Runner; returns the last checkpoint, the result in words and the last mIoU, None for none."""
     loaders = {'training': cfg.train_dataloader, 'validation': cfg.get('val_dataloader')}
-    counts = {name: check_data(loader.dataset) for name, loader in loaders.items() if loader}
+    with scope_of(cfg):
+        counts = {name: check_data(loader.dataset) for name, loader in loaders.items() if loader}
+    check_tokenizer(cfg)
     check_pretrained(cfg)
     runner = _start(cfg, counts)
     _run(runner.train)
+    trained, wanted = (
+        (runner.epoch, cfg.train_cfg.max_epochs)
+        if 'max_epochs' in cfg.train_cfg
+        else (runner.iter, cfg.train_cfg.max_iters)
+    )
+    if trained > wanted:
+        print(f'nothing was trained: the checkpoint is that of {trained}, and the configuration ends at {wanted}.')
     report_left_out(runner.train_dataloader.dataset)
     last = Path(cfg.work_dir, 'last_checkpoint')
     checkpoint = Path(last.read_text().strip()) if last.is_file() else None
     scalars = runner.message_hub.log_scalars
-    return checkpoint, scalars['val/mIoU'].current() if 'val/mIoU' in scalars else None
+    miou = scalars['val/mIoU'].current() if 'val/mIoU' in scalars else None
+    words = 'no mIoU' if miou is None else f'mIoU {miou:.2f}'
+    return checkpoint, result(cfg, scalars) if is_pretraining(cfg) else words, miou
 
 
-def _run(step: Callable[[], Any]) -> None:
+def _run(step: Callable[[], Any], more: tuple[type[Exception], ...] = ()) -> Any:
     """Raises DataError with the sentence about a file that cannot be used, which a worker buries in its traceback."""
     from beit_plugin.checkpoints import CheckpointError
-    from beit_plugin.mm.transforms import DataFileError
+    from beit_plugin.mm.left_out import DataFileError
 
     try:
-        step()
-    except CheckpointError as error:
-        raise DataError(f'{error}.') from error
+        return step()
     except DataFileError as error:
         raise DataError(f'{str(error).strip().rpartition("DataFileError: ")[2]}.') from error
+    except (CheckpointError, *more) as error:
+        raise DataError(f'{sentence(error)}.') from error
 
 
 def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
@@ -278,6 +304,8 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     if tta:
         for dataset in data_sets(cfg.test_dataloader.dataset):
             dataset.pipeline = cfg.tta_pipeline
+        if cfg.tta_model.type.rpartition('.')[2] == 'SegTTAModel':  # mmsegmentation's averages the logits of the views
+            cfg.model.test_cfg.keep_logits = True
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
     runner = _start(cfg, counts)

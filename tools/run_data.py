@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data_folders import DataError, check_values, label_values
+from run_mim import DATASET, count_images
 
 MAX_LABELS_CHECKED = 1000  # per data set with their images, spread evenly: some seconds
 CAN_SKIP = ('BEiTLoadImageFromFile', 'BEiTLoadAnnotations')
@@ -31,6 +32,9 @@ def set_on_error(dataset_cfg: Any, on_error: str) -> None:
         DataError: a pipeline without our loading.
     """
     for dataset in data_sets(dataset_cfg):
+        if dataset['type'] == DATASET:
+            dataset['on_error'] = on_error
+            continue
         steps = _loading_steps(dataset)
         if len(steps) < 2:
             raise DataError(f'--on-error needs {" and ".join(CAN_SKIP)} in the training pipeline.')
@@ -39,7 +43,7 @@ def set_on_error(dataset_cfg: Any, on_error: str) -> None:
 
 
 def check_data(dataset_cfg: Any) -> int:
-    """Number of labelled images of a data set in `BaseSegDataset` style, or of all inside a wrapper, each once.
+    """Number of images of a data set in `BaseSegDataset` style, or of ours, or of all inside a wrapper, each once.
 
     Raises:
         DataError: folders, images or labels are missing or damaged, or labels are outside the classes; where the
@@ -49,6 +53,8 @@ def check_data(dataset_cfg: Any) -> int:
 
 
 def _check_one(dataset_cfg: Any) -> int:
+    if dataset_cfg['type'] == DATASET:
+        return count_images(dataset_cfg)
     root = Path(dataset_cfg.get('data_root') or '.')
     if not root.is_dir():
         raise DataError(f'the data root {root} does not exist: give it by --data-root DIR.')
@@ -61,27 +67,29 @@ def _check_one(dataset_cfg: Any) -> int:
     pairs = dataset.load_data_list()
     if not pairs:
         raise DataError(f'{dataset.data_prefix["img_path"]} holds no *{dataset.img_suffix} images.')
+    turn = not any('ignore_orientation' in step.get('color_type', '') for step in dataset_cfg.get('pipeline', ()))
     checked = pairs[:: -(-len(pairs) // MAX_LABELS_CHECKED)]
     if any(step.get('on_error') == 'skip' for step in _loading_steps(dataset_cfg)):
-        usable = [pair for pair in checked if _can_be_used(pair, dataset)]
+        usable = [pair for pair in checked if _can_be_used(pair, dataset, turn)]
         if not usable:
             raise DataError(f'none of the {len(checked)} images of {root} that were checked can be used.')
         return len(pairs)
     missing = [pair['seg_map_path'] for pair in pairs if not Path(pair['seg_map_path']).is_file()]
     if missing:
         raise DataError(f'{len(missing)} of {len(pairs)} images have no label: {missing[0]} is missing.')
-    _check_pairs(checked, dataset)
+    _check_pairs(checked, dataset, turn)
     return len(pairs)
 
 
-def _check_pairs(pairs: list[Any], dataset: Any) -> None:
-    found = label_values((Path(pair['img_path']), Path(pair['seg_map_path'])) for pair in pairs)
+def _check_pairs(pairs: list[Any], dataset: Any, turn: bool) -> None:
+    """With `turn` images are turned by their EXIF data."""
+    found = label_values(((Path(pair['img_path']), Path(pair['seg_map_path'])) for pair in pairs), turn)
     check_values(found, len(dataset.metainfo['classes']), dataset.reduce_zero_label)
 
 
-def _can_be_used(pair: Any, dataset: Any) -> bool:
+def _can_be_used(pair: Any, dataset: Any, turn: bool) -> bool:
     try:
-        _check_pairs([pair], dataset)
+        _check_pairs([pair], dataset, turn)
     except DataError:
         return False
     return True
@@ -101,6 +109,8 @@ def report_left_out(dataset: Any) -> None:
 
 def _left_out(dataset: Any) -> dict[str, str]:
     inner = [dataset.dataset] if hasattr(dataset, 'dataset') else getattr(dataset, 'datasets', None)
+    if inner is None and hasattr(dataset, 'left_out'):
+        return dataset.left_out
     if inner is None:
         steps = dataset.pipeline.transforms
         return {path: why for step in steps for path, why in getattr(step, 'left_out', {}).items()}

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Train a segmentor: mmengine's Runner with checks of the data before, a summary, and the result in the last line.
+"""Train a segmentor, or pre-train: mmengine's Runner with checks before, a summary, and the result in the last line.
 
-CONFIG is a file of configs/; mmsegmentation's own tools/train.py takes it as well, and the same arguments.
+CONFIG is a file of configs/; mmsegmentation's own tools/train.py takes it as well, and the same arguments. Those of
+configs/mim/ train a tokenizer, or a BEiT by masked image modelling, on images without labels.
 """
 
 import argparse
@@ -9,10 +10,13 @@ import os
 
 import run_common
 from run_data import set_on_error
+from run_mim import use_sources
 
 EXAMPLES = """examples:
   python tools/train.py configs/seg/beit-tiny_upernet_shapes.py
   python tools/train.py configs/seg/beit-base_upernet_camvid.py --data-root DIR --amp
+  python tools/train.py configs/mim/vqkd-base.py --data-root DIR --teacher vit_base_patch16_clip_224.openai
+  python tools/train.py configs/mim/beitv2-base_vqkd.py --data-root DIR --tokenizer work_dirs/vqkd-base/epoch_100.pth
   python tools/train.py CONFIG --on-error skip               leave out images and labels that cannot be used, by name
   python tools/train.py CONFIG --resume                      go on from the last checkpoint of the work directory
   python tools/train.py CONFIG --cfg-options train_cfg.max_iters=1000 optim_wrapper.optimizer.lr=1e-4
@@ -36,8 +40,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--on-error',
         choices=['raise', 'skip'],
-        help='what to do about a training image or label that cannot be used: stop (default), or take another image',
+        help='what to do about a training image or label that cannot be used: stop, or take another image '
+        '(default: stop; without labels: take another)',
     )
+    parser.add_argument('--tokenizer', metavar='FILE', help='tokenizer of a pre-training: a file or a published name')
+    parser.add_argument('--teacher', metavar='NAME', help='timm model that a VQ-KD tokenizer learns from')
     run_common.add_common_arguments(parser)
     return parser.parse_args()
 
@@ -48,13 +55,13 @@ def main() -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = run_common.load_config(args)
     cfg.resume = args.resume
+    use_sources(cfg, args.tokenizer, args.teacher)
     if args.amp:
         run_common.use_mixed_precision(cfg, args.amp)
     if args.on_error:
         set_on_error(cfg.train_dataloader.dataset, args.on_error)
-    checkpoint, miou = run_common.train(cfg)
+    checkpoint, result, _ = run_common.train(cfg)
     if os.environ.get('RANK', '0') == '0':
-        result = 'no mIoU' if miou is None else f'mIoU {miou:.2f}'
         where = f'checkpoint {checkpoint}' if checkpoint else f'no checkpoint in {cfg.work_dir}'
         print(f'{result} after {run_common.length(cfg)}, {where}')
 

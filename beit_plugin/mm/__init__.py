@@ -31,11 +31,18 @@ skip_broken_multimodal()
 
 from .amp import BEiTBF16OptimWrapper  # noqa: E402
 from .backbone import BEiTBackbone  # noqa: E402
-from .neck import BEiTPyramid  # noqa: E402
-from .optim import BEiTLayerDecayConstructor  # noqa: E402
+from .mim import BEiTMIMHead, BEiTPretrainer  # noqa: E402
+from .mim_data import BEiTImages, BEiTMIMDataPreprocessor  # noqa: E402
+from .mim_hooks import BEiTMIMPictureHook, BEiTThroughputHook  # noqa: E402
+from .neck import BEiTPyramid, BEiTSimplePyramid  # noqa: E402
+from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor  # noqa: E402
 from .resume import BEiTResumeHook  # noqa: E402
+from .vqkd import BEiTVQKD  # noqa: E402
 
 __all__ = ['BEiTBF16OptimWrapper', 'BEiTBackbone', 'BEiTLayerDecayConstructor', 'BEiTPyramid', 'BEiTResumeHook']
+__all__ += ['BEiTSimplePyramid']
+__all__ += ['BEiTImages', 'BEiTMIMDataPreprocessor', 'BEiTMIMHead', 'BEiTMIMPictureHook', 'BEiTNoDecayConstructor']
+__all__ += ['BEiTPretrainer', 'BEiTThroughputHook', 'BEiTVQKD']
 
 if find_spec('mmseg') is not None:  # detectors need no segmentation heads and labels
     from .decode_head import BEiTFCNHead as BEiTFCNHead

@@ -13,9 +13,9 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from ..models.beit import Beit
-from ..models.param_groups import layer_id
+from ..models.param_groups import layer_id, no_weight_decay
 
-__all__ = ['BEiTLayerDecayConstructor']
+__all__ = ['BEiTLayerDecayConstructor', 'BEiTNoDecayConstructor']
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -89,3 +89,32 @@ class BEiTLayerDecayConstructor(DefaultOptimWrapperConstructor):
                 logger='current',
             )
         params.extend(groups.values())
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class BEiTNoDecayConstructor(DefaultOptimWrapperConstructor):
+    """The full rate for all, as in pre-training; no decay of what ``param_groups`` names, of biases and norms.
+
+    What has one dimension, and tokens, positions and bias tables. unilm's pre-training decays the mask token and the
+    tables.
+
+    Raises:
+        ValueError: any ``paramwise_cfg``.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
+        if paramwise_cfg:
+            raise ValueError(f'BEiTNoDecayConstructor takes no paramwise_cfg, got {paramwise_cfg}; leave it out')
+        super().__init__(optim_wrapper_cfg, {'rule': 'param_groups'})  # mmengine asks add_params only if there is one
+
+    def add_params(self, params: list[dict[str, Any]], module: nn.Module, **_: Any) -> None:
+        """Appends two groups, one without decay, to ``params``."""
+        exempt = no_weight_decay(module)
+        groups: dict[str, dict[str, Any]] = {'decay': {}, 'no_decay': {'weight_decay': 0.0}}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                decayed = parameter.ndim > 1 and not name.endswith('.bias') and name not in exempt
+                group = groups['decay' if decayed else 'no_decay']
+                group.setdefault('params', []).append(parameter)
+                group.setdefault('param_names', []).append(name)
+        params.extend({'group_name': name, **group} for name, group in groups.items() if 'params' in group)

@@ -7,26 +7,19 @@ ends the run in `torch.stack`; empty and very long images end it inside OpenCV. 
 For training pipelines: mmsegmentation's inference looks for the stock names in those of testing.
 """
 
-import hashlib
 import io
-import logging
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mmcv
 import numpy as np
 from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
-from mmengine.dist import is_main_process
-from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
+
+from .left_out import DataFileError, LeftOut, check_on_error
 
 __all__ = ['BEiTLoadAnnotations', 'BEiTLoadImageFromFile', 'DataFileError']
 
@@ -35,53 +28,13 @@ MIN_SIDE = 2  # pixels; mmsegmentation drops a side of one pixel from the label
 MAX_ASPECT = 100  # longer images lose their short side to rounding when they are resized
 
 
-class DataFileError(ValueError):
-    """A file that cannot be trained on, in one sentence that names it."""
-
-
-class _LeftOut:
-    """Files that were left out, each once, whichever worker of a data loader met it.
-
-    Workers are processes of their own, so the files are kept in a folder: one entry for each, whose creation succeeds
-    once. It lives as long as the object in the process that made it.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self._folder = Path(tempfile.mkdtemp(prefix='beit_plugin_left_out_'))
-        weakref.finalize(self, _remove, self._folder, os.getpid())
-
-    def add(self, path: str, reason: str) -> None:
-        """Remember and log a file, unless it is known."""
-        try:
-            with open(self._folder / hashlib.sha1(path.encode()).hexdigest(), 'x', encoding='utf-8') as entry:
-                entry.write(f'{path}\n{reason}')
-        except FileExistsError:
-            return
-        count = sum(1 for _ in self._folder.iterdir())
-        # of the processes beside the first mmengine shows errors only
-        level = logging.WARNING if is_main_process() else logging.ERROR
-        print_log(f'left out of training, {self.what} {count}: {reason}', logger='current', level=level)
-
-    def files(self) -> dict[str, str]:
-        """Paths and reasons."""
-        entries = sorted(entry.read_text(encoding='utf-8').partition('\n') for entry in self._folder.iterdir())
-        return {path: reason for path, _, reason in entries}
-
-
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a worker has a copy of the object, and outlives it
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 class _OnError:
     """What a loading transform does about a file that it cannot use: `raise` stops, `skip` takes another image."""
 
     def __init__(self, on_error: str, what: str) -> None:
-        if on_error not in ('raise', 'skip'):
-            raise ValueError(f"got on_error={on_error!r}, expected 'raise' or 'skip'")
+        check_on_error(on_error)
         self.on_error = on_error
-        self._left_out = _LeftOut(what) if on_error == 'skip' else None
+        self._left_out = LeftOut(what) if on_error == 'skip' else None
 
     @property
     def left_out(self) -> dict[str, str]:

@@ -1,0 +1,240 @@
+"""Images for masked image modelling: files wherever they lie, one random crop in two views, masks for whole batches.
+
+Papers:
+    BEiT, https://arxiv.org/abs/2106.08254, section 2.5; BEiT v2, https://arxiv.org/abs/2208.06366, appendix
+Reference: https://github.com/microsoft/unilm (MIT licence), ``beit/datasets.py`` at 03380c8 and ``beit2/datasets.py``
+at 80d673a. Written anew; what differs from the reference: colours change after the crop instead of before, which is
+much cheaper for large photographs (contrast is then about the mean of the crop); images stay bytes, so that a batch is
+small on its way to the device, which divides and normalises.
+
+All random numbers come from torch's own generator, which a DataLoader seeds for each worker, and ``BEiTResumeHook`` for
+each batch.
+
+Shapes: B images, C channels, H W pixels, h w grid in patches.
+"""
+
+import os
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import ColorJitter, RandomResizedCrop
+
+from .image_inputs import read_image
+from .masking import BlockMasking, RandomMasking
+from .models.checks import height_and_width
+
+__all__ = ['LISTS', 'SUFFIXES', 'ImageFiles', 'TwoViews', 'find_images', 'mim_collate']
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+LISTS = ('.txt', '.lst')
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ('bilinear', 'bicubic', 'lanczos')}
+_TRIES = 100  # at another image in place of one that cannot be read, before a training ends
+Sample = dict[str, Tensor]
+
+
+class TwoViews:
+    """One random crop of an image for the encoder and for the tokenizer, which often wants another size.
+
+    Args:
+        size: pixels of the encoder's view, one number or (H, W).
+        token_size: of the tokenizer's view; None where it looks at the encoder's.
+        interpolation, token_interpolation: ``bilinear``, ``bicubic`` or ``lanczos``.
+        scale: share of the image's area that a crop takes, lowest and highest; v1 0.08 to 1, v2 0.2 to 1.
+        ratio: width over height of a crop, lowest and highest.
+        color_jitter: how far brightness, contrast and saturation change, 0 to 1; v1 and v2 0.4.
+        hflip: probability of a mirror image.
+
+    Raises:
+        ValueError: a size, share or probability out of range, or an unknown interpolation.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int] = 224,
+        token_size: int | Sequence[int] | None = 112,
+        *,
+        interpolation: str = 'bicubic',
+        token_interpolation: str = 'lanczos',
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        color_jitter: float = 0.4,
+        hflip: float = 0.5,
+    ) -> None:
+        self.size = height_and_width('size', size)
+        self.token_size = None if token_size is None else height_and_width('token_size', token_size)
+        for name, value in (('interpolation', interpolation), ('token_interpolation', token_interpolation)):
+            if value not in INTERPOLATIONS:
+                raise ValueError(f'{name} must be one of {", ".join(INTERPOLATIONS)}, got {value!r}')
+        if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(
+                f'scale must be two shares of the area from above 0 to 1 and ratio two numbers above 0, lowest first, '
+                f'got {tuple(scale)} and {tuple(ratio)}'
+            )
+        if not 0 <= color_jitter <= 1 or not 0 <= hflip <= 1:
+            raise ValueError(f'color_jitter and hflip must be from 0 to 1, got {color_jitter} and {hflip}')
+        self.filters = INTERPOLATIONS[interpolation], INTERPOLATIONS[token_interpolation]
+        self.scale, self.ratio, self.hflip = list(scale), list(ratio), hflip
+        self.jitter = ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
+
+    def __call__(self, image: Image.Image) -> Sample:
+        """An RGB image to ``inputs`` and, where the tokenizer has its own, ``token_view``; (3, H, W) uint8 each."""
+        top, left, height, width = RandomResizedCrop.get_params(image, self.scale, self.ratio)  # type: ignore[arg-type]
+        image = image.crop((left, top, left + width, top + height))
+        image = self.jitter(image) if self.jitter else image
+        if torch.rand(()) < self.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._views(image)
+
+    def center(self, image: Image.Image) -> Sample:
+        """The views of the largest crop in the middle, as it is: the same each time."""
+        width, height = image.size
+        H, W = self.size
+        share = min(width / W, height / H)
+        left, top = (width - W * share) / 2, (height - H * share) / 2
+        return self._views(image.crop((round(left), round(top), round(left + W * share), round(top + H * share))))
+
+    def _views(self, image: Image.Image) -> Sample:
+        sample = {'inputs': _resized(image, self.size, self.filters[0])}
+        if self.token_size is not None and (self.token_size, self.filters[1]) != (self.size, self.filters[0]):
+            sample['token_view'] = _resized(image, self.token_size, self.filters[1])
+        return sample
+
+
+class ImageFiles(Dataset[Sample]):
+    """Images without labels, by their files.
+
+    Args:
+        roots: see ``find_images``.
+        views: what makes a sample of an RGB image.
+        on_broken: called with the file and a sentence where one cannot be read; another image, at random, takes its
+            place. None: the sentence is raised.
+
+    Raises:
+        ValueError: nothing there.
+    """
+
+    def __init__(
+        self,
+        roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        views: TwoViews,
+        on_broken: Callable[[str, str], None] | None = None,
+    ) -> None:
+        files = [os.fsencode(path) for path in find_images(roots)]
+        # one block of bytes: workers would copy a list of millions of strings, object by object, as they count them
+        self._names = np.frombuffer(b''.join(files), np.uint8)
+        self._ends = np.cumsum([len(name) for name in files])
+        self.views, self.on_broken = views, on_broken
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def path(self, index: int) -> str:
+        """File of an image."""
+        end = int(self._ends[index])
+        start = int(self._ends[index - 1]) if index else 0
+        return os.fsdecode(self._names[start:end].tobytes())
+
+    def __getitem__(self, index: int) -> Sample:
+        for _ in range(_TRIES):
+            try:
+                return self.views(self.image(index))
+            except ValueError as error:
+                if self.on_broken is None:
+                    raise
+                self.on_broken(self.path(index), str(error))
+            index = int(torch.randint(len(self), ()))
+        raise ValueError(
+            f'none of {_TRIES} images in a row can be read, the last one is {self.path(index)}; check the disk'
+        )
+
+    def image(self, index: int) -> Image.Image:
+        """An RGB image, turned by its EXIF data; see ``image_inputs.read_image``.
+
+        Raises:
+            ValueError: a file that is missing, damaged or no image; the sentence names it.
+        """
+        path = self.path(index)
+        pixels = read_image(path, 'image', None, rgb=True, rescale_factor=None)
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f'image {path!r} holds {pixels.dtype} values: save it with 8 bits a channel')
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def find_images(roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Image files of folders and lists, in the same order each time.
+
+    Args:
+        roots: one or several of: a folder, whose images are taken at any depth (``SUFFIXES``, hidden ones left out; the
+            folders of classes of an ImageFolder too); a text file (``LISTS``) with a path on each line, relative to it.
+
+    Raises:
+        ValueError: a root that does not exist or holds no images, or none at all.
+    """
+    files: list[str] = []
+    for root in [roots] if isinstance(roots, (str, os.PathLike)) else roots:
+        path = Path(root).expanduser()
+        if path.is_dir():
+            found = sorted(
+                os.path.join(folder, name)
+                for folder, _, names in os.walk(path, followlinks=True)
+                for name in names
+                if name.lower().endswith(SUFFIXES) and not name.startswith('.')  # macOS writes ._x.jpg
+            )
+        elif path.is_file() and path.suffix in LISTS:
+            lines = path.read_text(encoding='utf-8').splitlines()
+            found = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
+        else:
+            what = f'is neither a folder nor a list ({", ".join(LISTS)})' if path.exists() else 'does not exist'
+            raise ValueError(f'{path} {what}: give a folder of images or a text file with one path on each line')
+        if not found:
+            raise ValueError(f'{path} holds no images ({", ".join(SUFFIXES)}): give another folder or list')
+        files += found
+    if not files:
+        raise ValueError('got no folder and no list of images: give at least one')
+    return files
+
+
+def mim_collate(
+    samples: Sequence[Sample], masking: Mapping[str, Any] | None = None, generator: torch.Generator | None = None
+) -> Sample:
+    """Samples to a batch, and which of its patches are hidden.
+
+    Args:
+        samples: of equal sizes.
+        masking: arguments of ``BlockMasking``, or with ``blockwise=False`` of ``RandomMasking``; None for no masks.
+        generator: of the masks; by default torch's own, of the process that loads.
+
+    Returns:
+        The views of the samples with a dimension B before, and ``mask`` (B, h, w) bool, True where a patch is hidden.
+
+    Raises:
+        ValueError: what the masking raises.
+    """
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    if masking is not None:
+        draw = _masking(tuple(sorted((name, _hashable(value)) for name, value in masking.items())))
+        batch['mask'] = draw(len(samples), torch.default_generator if generator is None else generator)
+    return batch
+
+
+@lru_cache(maxsize=8)  # its tables take longer to make than the masks of a batch
+def _masking(options: tuple[tuple[str, Any], ...]) -> RandomMasking:
+    given = dict(options)
+    return (BlockMasking if given.pop('blockwise', True) else RandomMasking)(**given)
+
+
+def _hashable(value: Any) -> Hashable:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _resized(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Tensor:
+    """(3, H, W) uint8, contiguous."""
+    pixels = np.array(image.resize((size[1], size[0]), resampling))  # H, W, 3
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -1,0 +1,107 @@
+"""What one wants to see of a pre-training while it runs: images per second, and pictures of what the model predicts."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.visualization import LocalVisBackend
+from PIL import Image
+
+from ..mim_data import ImageFiles
+from ..tokenizers.picture import hide, side_by_side, token_images, with_titles
+
+__all__ = ['BEiTMIMPictureHook', 'BEiTThroughputHook']
+
+TITLES = ('image', 'seen', 'predicted', 'tokens')
+
+
+@HOOKS.register_module()
+class BEiTThroughputHook(Hook):
+    """Logs ``images_per_s`` of all processes, and ``data_share``, the share of the time spent on waiting for data.
+
+    From the times of mmengine's ``IterTimerHook``; on a GPU these are of the CPU, which waits for the losses it logs.
+    """
+
+    priority = 'NORMAL'  # after IterTimerHook, which is registered first, and before the logger
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        hub = runner.message_hub
+        if 'train/time' not in hub.log_scalars:
+            return
+        seconds = max(hub.get_scalar('train/time').current(), 1e-9)
+        hub.update_scalar('train/images_per_s', len(data_batch['inputs']) * get_world_size() / seconds)
+        hub.update_scalar('train/data_share', hub.get_scalar('train/data_time').current() / seconds)
+
+
+@HOOKS.register_module()
+class BEiTMIMPictureHook(Hook):
+    """Writes ``pictures/iter_N.png`` into the work directory; TensorBoard and the like get the picture too.
+
+    A row for each image, always the same ones under the same mask: the image; what the model sees of it; the tokens,
+    predicted where it does not see; the tokens of the tokenizer. Tokens are decoded where the tokenizer can, else they
+    have a colour each.
+
+    Args:
+        interval: iterations between pictures; there is also one after the last iteration.
+        num_images: rows.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, interval: int = 1000, num_images: int = 4) -> None:
+        if interval < 1 or num_images < 1:
+            raise ValueError(f'interval and num_images must be at least 1, got {interval} and {num_images}')
+        self.interval, self.num_images = interval, num_images
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        if not is_main_process():
+            return
+        if self.every_n_train_iters(runner, self.interval) or runner.iter + 1 == runner.max_iters:
+            self._draw(runner)
+
+    def _draw(self, runner: Any) -> None:
+        batch = self._batch(runner.train_dataloader)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        was_training = model.training
+        model.eval()
+        try:
+            data = model.data_preprocessor(batch)
+            with torch.no_grad(), runner.optim_wrapper.optim_context(model):
+                tokens, predicted = model(**data, mode='predict')
+        finally:
+            model.train(was_training)
+        seen = batch['inputs'].float() / 255
+        mask = batch['mask']
+        guess = torch.where(mask, predicted.cpu(), tokens.cpu())
+        pictures = [token_images(model.tokenizer, ids, tuple(seen.shape[2:])) for ids in (guess, tokens)]  # type: ignore
+        picture = with_titles(side_by_side([seen, hide(seen, mask), *pictures]), TITLES)
+        step = runner.iter + 1
+        path = Path(runner.work_dir, 'pictures', f'iter_{step}.png')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+        for backend in runner.visualizer._vis_backends.values():
+            if not isinstance(backend, LocalVisBackend):
+                backend.add_image('masked_image_modelling', picture, step)
+
+    def _batch(self, loader: Any) -> dict[str, torch.Tensor]:
+        dataset: ImageFiles = loader.dataset
+        samples = []
+        for index in range(len(dataset)):
+            try:
+                samples.append(dataset.views.center(dataset.image(index)))
+            except ValueError:  # the training says so when it meets the file
+                continue
+            if len(samples) == self.num_images:
+                break
+        with torch.random.fork_rng([]):  # the training draws as if there were no picture
+            torch.manual_seed(0)
+            return loader.collate_fn(samples)
