@@ -22,7 +22,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from data_folders import DataError
-from run_common import run
+from run_common import positive, run
 
 EXAMPLES = """examples:
   python tools/compare_training.py data/hymenoptera
@@ -53,13 +53,6 @@ def setting(text: str) -> Setting:
             f'expected BACKEND:DTYPE of {", ".join(BACKENDS)} and {", ".join(DTYPES)}, got {text!r}'
         )
     return Setting(backend, dtype)
-
-
-def positive(text: str) -> int:
-    """A number of things, at least one."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f'expected a number of at least 1, got {text!r}')
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:

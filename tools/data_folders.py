@@ -49,7 +49,8 @@ class Folders:
     reduce_zero_label: bool
 
 
-def _names(folder: Path, suffixes: set[str]) -> list[str]:
+def files_below(folder: Path, suffixes: set[str]) -> list[str]:
+    """Paths of the files in and below a folder that end so, relative to it, without hidden ones."""
     files = (p for p in folder.rglob('*') if p.suffix.lower() in suffixes and not p.name.startswith('.'))  # macOS: ._x
     return sorted(str(p.relative_to(folder)) for p in files)
 
@@ -244,7 +245,7 @@ def detect(root: Path, seed: int = 0) -> Folders:
     split = next((pair for pair in SPLITS if all((root / 'images' / name).is_dir() for name in pair)), None)
     parts = [f'/{name}' for name in split] if split else ['']
 
-    files = {part: _names(root / f'images{part}', IMAGE_SUFFIXES) for part in parts}
+    files = {part: files_below(root / f'images{part}', IMAGE_SUFFIXES) for part in parts}
     image_suffix = _one_suffix(files, root / 'images')
     image_names = {part: [name.removesuffix(image_suffix) for name in files[part]] for part in parts}
     label_suffix = ''
@@ -252,7 +253,7 @@ def detect(root: Path, seed: int = 0) -> Folders:
         label_dir = root / f'{label_folder}{part}'
         if not label_dir.is_dir():
             raise DataError(f'{root}/images{part} has no labels: {label_dir} does not exist.')
-        label_names = set(_names(label_dir, IMAGE_SUFFIXES))
+        label_names = set(files_below(label_dir, IMAGE_SUFFIXES))
         label_suffix = label_suffix or _label_suffix(image_names[part], label_names)
         _require_labels(image_names[part], label_names, label_suffix, label_dir)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import run_common
-from data_folders import IMAGE_SUFFIXES, UNREADABLE, DataError
+from data_folders import IMAGE_SUFFIXES, UNREADABLE, DataError, files_below
+from run_common import positive
 
 EXAMPLES = """examples:
   python tools/predict.py photos --config configs/seg/beit-base_upernet_ade20k-640.py --checkpoint iter_160000.pth
@@ -30,13 +31,6 @@ def attention(text: str) -> tuple[int, int | None]:
     if not block.isdecimal() or not (head.isdecimal() or text == block):
         raise argparse.ArgumentTypeError(f'expected BLOCK or BLOCK:HEAD, counted from 0, got {text!r}')
     return int(block), int(head) if head else None
-
-
-def positive(text: str) -> int:
-    """A number of things, at least one."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f'expected a number of at least 1, got {text!r}')
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,8 +69,7 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files = (p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
-            found.extend(sorted(files))
+            found.extend(path / name for name in files_below(path, IMAGE_SUFFIXES))
         elif path.is_file():
             found.append(path)
         else:
@@ -121,28 +114,26 @@ def reason(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def segment(predictor: Any, path: Path, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Writes overlay and class map of an image; returns its numbers."""
+def segment(predictor: Any, path: Path, image: Any, name: str, out: Path) -> dict[str, Any]:
+    """Writes overlay and class map of an image to a folder; returns its numbers."""
     import numpy as np
     from PIL import Image
-    from predict_models import read_image
     from predict_pictures import overlay, shares
 
-    image = read_image(path)
-    label = predictor.label_map(path, args.multi_scale)
+    label = predictor.label_map(path, image)
     if label.shape != (image.height, image.width):
         raise ValueError(f'the model segmented {label.shape} pixels of an image of {image.height} x {image.width}')
-    overlay(image, label, predictor.classes, predictor.palette, args.out / f'{name}_overlay.png')
+    overlay(image, label, predictor.classes, predictor.palette, out / f'{name}_overlay.png')
     classes = Image.fromarray(label.astype(np.uint8 if len(predictor.classes) <= 256 else np.uint16))
-    classes.save(args.out / f'{name}_classes.png')
+    classes.save(out / f'{name}_classes.png')
     return dict(classes=shares(label, predictor.classes))
 
 
-def classify(predictor: Any, paths: Sequence[Path], top: int) -> Iterator[dict[str, Any]]:
+def classify(predictor: Any, images: Sequence[Any], top: int) -> Iterator[dict[str, Any]]:
     """The most likely classes of each image."""
     import numpy as np
 
-    for probabilities in predictor.probabilities(paths):
+    for probabilities in predictor.probabilities(images):
         order = np.argsort(-probabilities)[:top]
         yield dict(top=[dict(name=predictor.classes[i], probability=float(probabilities[i])) for i in order])
 
@@ -156,9 +147,9 @@ def predict(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     paths = find_images(args.inputs)
     if args.config:
         run_common.require_mmseg()
-        predictor: Predictor = MMSegPredictor(args.config, args.checkpoint, args.device)
+        predictor: Predictor = MMSegPredictor(args.config, args.checkpoint, args.multi_scale, args.device)
     else:
-        predictor = TimmPredictor(args.model, args.checkpoint, args.labels, args.device)
+        predictor = TimmPredictor(args.model, args.checkpoint, args.labels, args.multi_scale, args.device)
     if args.multi_scale and not predictor.segments:
         raise DataError(f'--multi-scale is for segmentors, and {args.model} is a classifier.')
     args.out.mkdir(parents=True, exist_ok=True)
@@ -168,20 +159,20 @@ def predict(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     size = 1 if predictor.segments else args.batch_size
     with tqdm(total=len(paths), unit='image') as bar:
         for first in range(0, len(paths), size):
-            batch = []
+            batch = {}
             for path in paths[first : first + size]:
                 try:
-                    read_image(path)
-                    batch.append(path)
+                    batch[path] = read_image(path)
                 except UNREADABLE as error:
                     failed[str(path)] = reason(error)
             try:
                 if predictor.segments:
-                    found |= {str(path): segment(predictor, path, outputs[path], args) for path in batch}
+                    for path, image in batch.items():
+                        found[str(path)] = segment(predictor, path, image, outputs[path], args.out)
                 elif batch:
-                    found |= zip(map(str, batch), classify(predictor, batch, args.top), strict=True)
-                for path in batch if args.attention is not None else ():
-                    image, weights, grid = predictor.attentions(path)
+                    found |= zip(map(str, batch), classify(predictor, list(batch.values()), args.top), strict=True)
+                for path, image in batch.items() if args.attention is not None else ():
+                    image, weights, grid = predictor.attentions(image)
                     target = args.out / f'{outputs[path]}_attention.png'
                     attention_maps(image, weights, grid, chosen_heads(args.attention, weights), target)
             except DataError:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from data_folders import DataError
+from data_folders import DataError, colours
 from PIL import Image, ImageOps
-from run_common import WARNING_NOISE
+from run_common import WARNING_NOISE, load_weights
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of BEiT's multi-scale evaluation, each also mirrored
 ATTENTION_TOKENS = 4096  # of an image whose attention is drawn: weights take heads * tokens^2 numbers
@@ -42,11 +42,11 @@ class Predictor:
     segments: bool
     device: Any
 
-    def label_map(self, path: Path, multi_scale: bool) -> np.ndarray:
-        """Class numbers (H, W) of an image's pixels."""
+    def label_map(self, path: Path, image: Image.Image) -> np.ndarray:
+        """Class numbers (H, W) of the pixels of an image, given as its file and as ``read_image`` has it."""
         raise NotImplementedError
 
-    def probabilities(self, paths: Sequence[Path]) -> list[np.ndarray]:
+    def probabilities(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
         """Probabilities (C) of each image."""
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class Predictor:
         """The tensor (1, 3, H, W) that the encoder takes."""
         raise NotImplementedError
 
-    def attentions(self, path: Path) -> tuple[Image.Image, list[Any], tuple[int, int]]:
+    def attentions(self, image: Image.Image) -> tuple[Image.Image, list[Any], tuple[int, int]]:
         """An image, shrunk where its tokens are too many, the attention weights (K, N, N) of all blocks, its grid."""
         import torch
 
@@ -63,7 +63,6 @@ class Predictor:
         encoder = next((m for m in self.model.modules() if isinstance(m, Beit)), None)
         if encoder is None:
             raise DataError('--attention needs an encoder of this plugin, and the model has none.')
-        image = read_image(path)
         patch_h, patch_w = encoder.patch_embed.patch_size
         scale = (ATTENTION_TOKENS * patch_h * patch_w / (image.width * image.height)) ** 0.5
         if scale < 1:
@@ -77,14 +76,14 @@ class Predictor:
 class MMSegPredictor(Predictor):
     """A segmentor by mmsegmentation's configuration, with its test pipeline or its multi-scale one."""
 
-    def __init__(self, config: Path, checkpoint: Path, device: str | None) -> None:
+    def __init__(self, config: Path, checkpoint: Path, multi_scale: bool, device: str | None) -> None:
         from mmengine.config import Config
+        from mmengine.dataset import Compose
         from mmengine.device import get_device
         from mmengine.registry import MODELS, init_default_scope
 
         import beit_plugin.mm  # noqa: F401  registers
-        from beit_plugin.checkpoints.convert import CheckpointError
-        from beit_plugin.checkpoints.files import read_file, read_state_dict
+        from beit_plugin.checkpoints.files import read_file
 
         for path, what in ((config, '--config'), (checkpoint, '--checkpoint')):
             if not Path(path).is_file():
@@ -93,38 +92,28 @@ class MMSegPredictor(Predictor):
             warnings.filterwarnings('ignore', message=message)
         cfg = Config.fromfile(config)
         init_default_scope('mmseg')
-        self.cfg = cfg
+        if multi_scale and 'tta_pipeline' not in cfg:
+            raise DataError('the configuration has no tta_pipeline, so --multi-scale cannot run.')
         cfg.model.pop('pretrained', None)
         cfg.model.backbone.pop('pretrained', None)
         model = MODELS.build(cfg.model)
-        try:
-            state, held = read_state_dict(checkpoint), read_file(checkpoint, 'meta')
-            model.load_state_dict({name.removeprefix('module.'): value for name, value in state.items()})
-        except CheckpointError as error:
-            raise DataError(f'{error}.') from error
-        except RuntimeError as error:
-            line = str(error).splitlines()[1:2] or [str(error)]
-            raise DataError(f'{checkpoint} does not fit {config}: {line[0].strip()[:300]}') from error
+        load_weights(model, checkpoint)
+        held = read_file(checkpoint, 'meta')  # the weights stay in the file
         meta = (held.get('meta') or {}).get('dataset_meta') or cfg.test_dataloader.dataset.get('metainfo') or {}
         count = model.decode_head.num_classes
         classes, palette = named(list(meta.get('classes') or ()), meta.get('palette'), count)
         device = device or get_device()
         super().__init__(model.to(device).eval(), classes, palette, True, device)
+        self.pipeline = Compose(_without_labels(cfg.tta_pipeline if multi_scale else cfg.test_pipeline))
+        self.tester = MODELS.build({**cfg.tta_model, 'module': model}).eval() if multi_scale else model
 
-    def label_map(self, path: Path, multi_scale: bool) -> np.ndarray:
+    def label_map(self, path: Path, image: Image.Image) -> np.ndarray:
         import torch
-        from mmengine.dataset import Compose, pseudo_collate
-        from mmengine.registry import MODELS
+        from mmengine.dataset import pseudo_collate
 
-        if multi_scale and 'tta_pipeline' not in self.cfg:
-            raise DataError('the configuration has no tta_pipeline, so --multi-scale cannot run.')
-        pipeline = _without_labels(self.cfg.tta_pipeline if multi_scale else self.cfg.test_pipeline)
-        model = self.model
-        if multi_scale:
-            model = MODELS.build({**self.cfg.tta_model, 'module': model}).eval()
-        batch = pseudo_collate([Compose(pipeline)(dict(img_path=str(path)))])
+        batch = pseudo_collate([self.pipeline(dict(img_path=str(path)))])
         with torch.inference_mode():
-            result = model.test_step(batch)[0]
+            result = self.tester.test_step(batch)[0]
         return result.pred_sem_seg.data[0].cpu().numpy().astype(np.int64)
 
     def normalised(self, image: Image.Image) -> Any:
@@ -153,7 +142,9 @@ def _without_labels(pipeline: Any) -> list[Any]:
 class TimmPredictor(Predictor):
     """A classifier or segmentor by its name in timm, with the image statistics of its configuration."""
 
-    def __init__(self, name: str, checkpoint: Path | None, labels: Path | None, device: str | None) -> None:
+    def __init__(
+        self, name: str, checkpoint: Path | None, labels: Path | None, multi_scale: bool, device: str | None
+    ) -> None:
         import timm
         import torch
         from timm.data.config import resolve_model_data_config
@@ -176,6 +167,7 @@ class TimmPredictor(Predictor):
         self.transform = create_transform(**self.data, is_training=False)
         classes, palette = named(_read_names(labels, model.num_classes), None, model.num_classes)
         super().__init__(model.to(device).eval(), classes, palette, isinstance(model, BeitSegmentor), device)
+        self.multi_scale = multi_scale
 
     def normalised(self, image: Image.Image) -> Any:
         import torch
@@ -184,26 +176,25 @@ class TimmPredictor(Predictor):
         pixels = normalize(pil_to_tensor(image).float() / 255, self.data['mean'], self.data['std'])
         return torch.as_tensor(pixels, device=self.device)[None]
 
-    def label_map(self, path: Path, multi_scale: bool) -> np.ndarray:
+    def label_map(self, path: Path, image: Image.Image) -> np.ndarray:
         import torch
         from torch.nn.functional import interpolate
 
-        image = read_image(path)
         total: Any = 0
         with torch.inference_mode():
-            for ratio in RATIOS if multi_scale else (1.0,):
+            for ratio in RATIOS if self.multi_scale else (1.0,):
                 size = tuple(max(16, round(side * ratio)) for side in image.size)
                 x = self.normalised(image.resize(size, Image.Resampling.BICUBIC) if ratio != 1 else image)
-                for mirrored in (False, True) if multi_scale else (False,):
+                for mirrored in (False, True) if self.multi_scale else (False,):
                     logits = self.model(x.flip(3) if mirrored else x)
                     logits = interpolate(logits.float(), image.size[::-1], mode='bilinear')
                     total = total + (logits.flip(3) if mirrored else logits).softmax(1)
         return total[0].argmax(0).cpu().numpy()
 
-    def probabilities(self, paths: Sequence[Path]) -> list[np.ndarray]:
+    def probabilities(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
         import torch
 
-        x = torch.stack([self.transform(read_image(path)) for path in paths]).to(self.device)
+        x = torch.stack([self.transform(image) for image in images]).to(self.device)
         with torch.inference_mode():
             return list(self.model(x).float().softmax(1).cpu().numpy())
 
@@ -227,11 +218,6 @@ def _read_names(labels: Path | None, count: int) -> list[str]:
 
 def named(classes: list[str], palette: Any, count: int) -> tuple[list[str], np.ndarray]:
     """Names and colours for all classes: those that are given, and made-up ones."""
-    from colorsys import hsv_to_rgb
-
     names = classes if len(classes) == count else [f'class {i}' for i in range(count)]
-    if palette is not None and len(palette) == count:
-        return names, np.asarray(palette, np.uint8)
-    # neighbours far apart: steps of the golden ratio around the circle of hues
-    colours = [hsv_to_rgb(i * 0.618 % 1, 0.55 + 0.4 * (i % 2), 0.95 - 0.3 * (i // 2 % 2)) for i in range(count)]
-    return names, (255 * np.array(colours)).astype(np.uint8)
+    given = palette is not None and len(palette) == count
+    return names, np.asarray(palette if given else colours(count), np.uint8)

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_folders import DataError
 from run_data import check_data, data_sets, report_left_out
-from run_mim import check_tokenizer, is_pretraining, result, sentence, summary
+from run_mim import check_tokenizer, is_pretraining, millions, result, sentence, summary
 
 _RUN_NUMBERS = itertools.count(1)
 # mmengine opens with its whole environment, configuration and hooks; these stay in the log file
@@ -66,6 +66,13 @@ def key_value(text: str) -> str:
     if '=' not in text:
         raise DataError(f'--cfg-options takes KEY=VALUE, got {text!r}.')
     return text
+
+
+def positive(text: str) -> int:
+    """An argument that is a number of things, at least one."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f'expected a number of at least 1, got {text!r}')
+    return int(text)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -147,7 +154,7 @@ def _inner(model: Any) -> Any:
     return model
 
 
-def _load(model: Any, checkpoint: Path) -> None:
+def load_weights(model: Any, checkpoint: Path) -> None:
     """Load all parameters of the model from the file; raises DataError when it does not fit."""
     from beit_plugin.checkpoints.convert import CheckpointError
     from beit_plugin.checkpoints.files import read_state_dict
@@ -206,7 +213,8 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
         device = torch.cuda.get_device_name()
     else:
         device += f', {torch.get_num_threads()} threads'
-    lines = summary(cfg, module, counts) if is_pretraining(cfg) else _segmentor(module, counts)
+    lines = summary(cfg, module) if is_pretraining(cfg) else _segmentor(module)
+    lines.append(f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}')
     if 'training' in counts:
         batch = cfg.train_dataloader.batch_size * get_world_size() * cfg.optim_wrapper.get('accumulative_counts', 1)
         lines.append(
@@ -217,18 +225,16 @@ def _summary(runner: Any, counts: dict[str, int]) -> str:
     return '\n'.join(f'  {line}' for line in lines)
 
 
-def _segmentor(module: Any, counts: dict[str, int]) -> list[str]:
-    """Lines about a segmentor and its data."""
-    parameters = sum(p.numel() for p in module.parameters()) / 1e6
+def _segmentor(module: Any) -> list[str]:
+    """Lines about a segmentor."""
     parts = _parts(module)
     size = getattr(module.data_preprocessor, 'size', None)
     trained = f'crops of {" x ".join(map(str, size))} px' if size else 'sizes of the pipeline'
     tested = 'windows' if module.test_cfg.mode == 'slide' else 'whole images'
     return [
-        f'model       {" + ".join(type(part).__name__ for part in parts)}, {parameters:.1f} M parameters',
+        f'model       {" + ".join(type(part).__name__ for part in parts)}, {millions(module)}',
         f'classes     {parts[-1].num_classes}',
         f'resolution  {trained} in training, {tested} in testing',
-        f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}',
     ]
 
 
@@ -310,7 +316,9 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
         cfg.model = cfg.tta_model
     runner = _start(cfg, counts)
     if is_file:
-        _load(_inner(runner.model), Path(checkpoint))  # mmengine would accept a file that fits in part or not at all
+        load_weights(
+            _inner(runner.model), Path(checkpoint)
+        )  # mmengine would accept a file that fits in part or not at all
     return runner.test()
 
 

@@ -66,14 +66,14 @@ def sentence(error: Exception) -> str:
     return str(error).rpartition('.py: ')[2].strip().rstrip('.')
 
 
-def summary(cfg: Any, module: Any, counts: dict[str, int]) -> list[str]:
-    """Lines about the model and its data."""
+def summary(cfg: Any, module: Any) -> list[str]:
+    """Lines about the model and its tokens."""
     if cfg.model.type == 'BEiTVQKD':
         tokenizer, what = module.tokenizer, f'taught by {type(module.teacher.model).__name__}'
-        model = f'{type(tokenizer).__name__}, {_millions(tokenizer)}, {what} ({_millions(module.teacher)})'
+        model = f'{type(tokenizer).__name__}, {millions(tokenizer)}, {what} ({millions(module.teacher)})'
     else:
         tokenizer = module.tokenizer
-        model = f'{type(module.model).__name__}, {_millions(module.model)}'
+        model = f'{type(module.model).__name__}, {millions(module.model)}'
     views = cfg.train_dataloader.dataset.get('views', {})
     token_size = views.get('token_size', 112) or views.get('size', 224)
     lines = [
@@ -86,10 +86,11 @@ def summary(cfg: Any, module: Any, counts: dict[str, int]) -> list[str]:
         grid = masking['grid']
         h, w = (grid, grid) if isinstance(grid, int) else grid
         lines.append(f'masks       {masking["num_masking_patches"]} of {h * w} patches')
-    return [*lines, f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}']
+    return lines
 
 
-def _millions(module: Any) -> str:
+def millions(module: Any) -> str:
+    """Number of the parameters, in words."""
     return f'{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters'
 
 
