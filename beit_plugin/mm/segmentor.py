@@ -10,8 +10,9 @@ Legend: B images, C classes, H W pixels of the network's input, h w of the logit
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,8 @@ from ..models.checks import height_and_width
 __all__ = ['BEiTSegmentor', 'InferenceCfg']
 
 SLICE = 2**23  # elements of the classes that are resized together: 32 MiB in float32
-SLICES = 8  # at least, so that even the classes of a small image are never together at its original size
+SLICES = 8  # of labels alone, so that even the classes of a small image are never together at its original size
+WINDOW_PIXELS = 8 * 640 * 640  # of the windows that the network sees at once: BEiT's 640 pixels keep a GPU busy by 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class InferenceCfg:
         mode: `whole` runs the network on the image as it is, `slide` on windows, whose logits are averaged.
         crop_size: of a window, (H, W) or one number, pixels; an image that is smaller makes a smaller window.
         stride: from one window to the next, likewise; the last one ends with the image.
-        window_batch: windows, of all images of the batch, that the network sees at once.
+        window_batch: windows, of all images and views, that the network sees at once; None for as many as have the
+            pixels of 8 windows of 640 x 640.
         accumulate_on: where the sum of the windows and the kept logits are: `device`, or `host` for the memory of the
             CPU, if those of one image are too large for the GPU.
         keep_logits: put the logits of all classes at the original size into the results; False for labels alone. For
@@ -56,7 +59,7 @@ class InferenceCfg:
     mode: str = 'whole'
     crop_size: Any = None
     stride: Any = None
-    window_batch: int = 8
+    window_batch: int | None = None
     accumulate_on: str = 'device'
     keep_logits: bool = True
     pad_small: bool = False
@@ -68,8 +71,9 @@ class InferenceCfg:
         for name in ('keep_logits', 'pad_small'):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f'test_cfg has {name}={getattr(self, name)!r}, expected True or False')
-        if isinstance(self.window_batch, bool) or not isinstance(self.window_batch, Integral) or self.window_batch < 1:
-            raise ValueError(f'test_cfg has window_batch={self.window_batch!r}, expected a whole number above 0')
+        number = 1 if self.window_batch is None else self.window_batch
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            raise ValueError(f'test_cfg has window_batch={number!r}, expected a whole number above 0, or None')
         if self.mode == 'whole':  # a config that changed the mode of its base has the other values still
             return
         for name in ('crop_size', 'stride'):
@@ -101,6 +105,42 @@ def window_starts(size: int, crop: int, stride: int) -> list[int]:
     """First pixels of the windows along an axis; the last window is moved back until it ends with the image."""
     last = max(size - crop, 0)
     return [min(i * stride, last) for i in range(-(-last // stride) + 1)]
+
+
+class _Cut(NamedTuple):
+    """A batch of images of one size, cut into windows."""
+
+    inputs: Tensor  # (B, channels, height, width), filled up where `pad_small` asks for it
+    metas: list[dict[str, Any]]
+    shape: torch.Size  # H, W, as they came
+    size: torch.Size  # of a window
+    places: list[tuple[slice, slice]]
+
+    def count(self, device: torch.device) -> Tensor:
+        """How many windows see each pixel (height, width)."""
+        count = self.inputs.new_zeros(self.inputs.shape[2:], device=device)
+        for rows, columns in self.places:
+            count[rows, columns] += 1
+        return count
+
+
+def _cut(inputs: Tensor, metas: list[dict[str, Any]], cfg: InferenceCfg, pad_val: float) -> _Cut:
+    shape, (crop_h, crop_w) = inputs.shape[2:], cfg.crop_size
+    if cfg.pad_small:
+        padding = (0, max(crop_w - shape[1], 0), 0, max(crop_h - shape[0], 0))
+        inputs = F.pad(inputs, padding, value=pad_val)
+    height, width = inputs.shape[2:]
+    size = torch.Size((min(crop_h, height), min(crop_w, width)))
+    tops, lefts = window_starts(height, crop_h, cfg.stride[0]), window_starts(width, crop_w, cfg.stride[1])
+    places = [(slice(y, y + size[0]), slice(x, x + size[1])) for y in tops for x in lefts]
+    return _Cut(inputs, metas, shape, size, places)
+
+
+def _metas(inputs: Tensor, samples: OptSampleList) -> list[dict[str, Any]]:
+    if samples is not None:
+        return [sample.metainfo for sample in samples]
+    size = inputs.shape[2:]
+    return [{'ori_shape': size, 'img_shape': size, 'pad_shape': size, 'padding_size': [0] * 4}] * len(inputs)
 
 
 @MODELS.register_module()
@@ -135,29 +175,28 @@ class BEiTSegmentor(EncoderDecoder):
         Raises:
             ValueError: see `InferenceCfg`; an image flipped in an unknown direction.
         """
-        return list(self.predictions(inputs, data_samples))
+        return list(self.predictions([(inputs, data_samples)]))
 
     def predictions(
-        self, inputs: Tensor, data_samples: OptSampleList = None, keep_logits: bool | None = None
+        self, batches: Sequence[tuple[Tensor, OptSampleList]], keep_logits: bool | None = None
     ) -> Iterator[SegDataSample]:
         """The results of `predict` one after the other, each before the windows of the next are added up.
 
         Args:
-            inputs, data_samples: as `predict`.
+            batches: arguments of `predict`; windows of all of them share batches.
             keep_logits: instead of that of the `test_cfg`.
         """
         cfg = InferenceCfg.read(self.test_cfg)
         if keep_logits is not None:
             cfg = replace(cfg, keep_logits=keep_logits)
-        size = inputs.shape[2:]
-        if data_samples is None:
-            meta = {'ori_shape': size, 'img_shape': size, 'pad_shape': size, 'padding_size': [0] * 4}
-            metas: list[dict[str, Any]] = [meta] * len(inputs)
+        given = [(inputs, _metas(inputs, samples)) for inputs, samples in batches]
+        if cfg.mode == 'slide':
+            logits = self._slide([_cut(inputs, metas, cfg, self._pad_val) for inputs, metas in given], cfg)
         else:
-            metas = [sample.metainfo for sample in data_samples]
-        logits = self._slide(inputs, metas, cfg) if cfg.mode == 'slide' else self._network(inputs, metas)
-        for i, image in enumerate(logits):  # C, h, w
-            yield self._result(image, size, cfg, inputs.device, None if data_samples is None else data_samples[i])
+            logits = (image for inputs, metas in given for image in self._network(inputs, metas))
+        for inputs, samples in batches:
+            for sample in [None] * len(inputs) if samples is None else samples:
+                yield self._result(next(logits), inputs.shape[2:], cfg, inputs.device, sample)  # C, h, w
 
     def postprocess_result(self, seg_logits: Tensor, data_samples: OptSampleList = None) -> SampleList:
         """Logits (B, C, H, W) at the size of the network's input to the results of `predict`."""
@@ -171,7 +210,12 @@ class BEiTSegmentor(EncoderDecoder):
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """The averaged logits (B, C, H, W) of all images at once, which `predict` does without."""
         cfg = replace(InferenceCfg.read(self.test_cfg), mode='slide')
-        return torch.stack([logits.clone() for logits in self._slide(inputs, batch_img_metas, cfg)])
+        cut = _cut(inputs, batch_img_metas, cfg, self._pad_val)
+        return torch.stack([logits.clone() for logits in self._slide([cut], cfg)])
+
+    @property
+    def _pad_val(self) -> float:
+        return getattr(self.data_preprocessor, 'pad_val', 0)
 
     def _network(self, inputs: Tensor, metas: list[dict[str, Any]]) -> Tensor:
         """Logits (B, C, h, w) as the head makes them, so that they can be enlarged in parts; or those of `predict`."""
@@ -185,38 +229,31 @@ class BEiTSegmentor(EncoderDecoder):
         # class by class in memory, as they are enlarged, added up and compared; what enters is small
         return self.decode_head.forward(self.extract_feat(inputs)).contiguous()
 
-    def _slide(self, inputs: Tensor, metas: list[dict[str, Any]], cfg: InferenceCfg) -> Iterator[Tensor]:
-        """The averaged logits (C, H, W) of each image; the next image's are written into the same memory."""
-        H, W = inputs.shape[2:]
-        crop_h, crop_w = cfg.crop_size
-        if cfg.pad_small:
-            padding = (0, max(crop_w - W, 0), 0, max(crop_h - H, 0))
-            inputs = F.pad(inputs, padding, value=getattr(self.data_preprocessor, 'pad_val', 0))
-        B, _, full_h, full_w = inputs.shape
-        size = torch.Size((min(crop_h, full_h), min(crop_w, full_w)))
-        tops = window_starts(full_h, crop_h, cfg.stride[0])
-        lefts = window_starts(full_w, crop_w, cfg.stride[1])
-        places = [(slice(y, y + size[0]), slice(x, x + size[1])) for y in tops for x in lefts]
-        memory = torch.device('cpu') if cfg.accumulate_on == 'host' else inputs.device
-        count = inputs.new_zeros((full_h, full_w), device=memory)
-        for rows, columns in places:
-            count[rows, columns] += 1
-        windows = [(i, place) for i in range(B) for place in places]
-        total = None
-        for first in range(0, len(windows), cfg.window_batch):
-            batch = windows[first : first + cfg.window_batch]
-            crops = torch.stack([inputs[i, :, rows, columns] for i, (rows, columns) in batch])
-            # heads tell a window by the type of its size
-            logits = self._network(crops, [{**metas[i], 'img_shape': size} for i, _ in batch])
-            if total is None:
-                total = inputs.new_zeros((logits.shape[1], full_h, full_w), device=memory)
-            for (_, place), window in zip(batch, logits, strict=True):
-                rows, columns = place
-                if place == places[0]:
-                    total.zero_()
-                total[:, rows, columns] += self._resize(window, size).to(memory)
-                if place == places[-1]:
-                    yield total.div_(count)[:, :H, :W]
+    def _slide(self, cuts: Sequence[_Cut], cfg: InferenceCfg) -> Iterator[Tensor]:
+        """The averaged logits (C, H, W) of each image; the next image's may be written into the same memory."""
+        total = count = torch.empty(0)  # of the image that is added up
+        windows = [(cut, i, place) for cut in cuts for i in range(len(cut.inputs)) for place in cut.places]
+        for size, alike in groupby(windows, lambda window: window[0].size):
+            together = list(alike)
+            number = cfg.window_batch or max(1, WINDOW_PIXELS // math.prod(size))
+            for first in range(0, len(together), number):
+                batch = together[first : first + number]
+                crops = torch.stack([cut.inputs[i, :, rows, columns] for cut, i, (rows, columns) in batch])
+                # heads tell a window by the type of its size
+                logits = self._network(crops, [{**cut.metas[i], 'img_shape': size} for cut, i, _ in batch])
+                for (cut, _, place), window in zip(batch, logits, strict=True):
+                    if place == cut.places[0]:
+                        shape = (len(window), *cut.inputs.shape[2:])
+                        memory = torch.device('cpu') if cfg.accumulate_on == 'host' else window.device
+                        if total.shape != shape:
+                            total, count = cut.inputs.new_zeros(shape, device=memory), cut.count(memory)
+                        else:
+                            total.zero_()
+                    rows, columns = place
+                    total[:, rows, columns] += self._resize(window, size).to(total.device)
+                    if place == cut.places[-1]:
+                        H, W = cut.shape
+                        yield total.div_(count)[:, :H, :W]
 
     def _result(
         self, logits: Tensor, size: torch.Size, cfg: InferenceCfg, device: torch.device, sample: SegDataSample | None
@@ -237,7 +274,7 @@ class BEiTSegmentor(EncoderDecoder):
         sample = SegDataSample() if sample is None else sample
         classes = len(logits)
         pixels = max(math.prod(size), math.prod(meta.get('ori_shape', size)))
-        step = max(1, min(-(-classes // SLICES), SLICE // pixels))
+        step = max(1, min(classes if cfg.keep_logits else -(-classes // SLICES), SLICE // pixels))
         memory = torch.device('cpu') if cfg.accumulate_on == 'host' else device
         kept = best = label = None
         for first in range(0, classes, step):

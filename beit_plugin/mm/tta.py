@@ -2,10 +2,12 @@
 
 Test-time augmentation shows the network the image at several scales, as it is and mirrored. mmsegmentation 1.2.2
 (``models/segmentors/seg_tta.py``) runs view after view and keeps all classes of every view at the original size until
-the last; here the views of a scale are one batch, and each is added up and forgotten.
+the last; here the views of a scale are one batch, the windows of all scales share batches, and each view is added up
+and forgotten.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,28 +66,30 @@ class BEiTSegTTAModel(SegTTAModel):
         passes: dict[tuple[int, ...], list[int]] = {}
         for view in range(views):
             passes.setdefault(tuple(inputs[view][0].shape), []).append(view)
-        last: list[Any] = [None] * images
-        totals: list[Tensor | None] = [None] * images
-        for together in passes.values():
-            batch = {
+        batches = [
+            {
                 'inputs': [image for view in together for image in inputs[view]],
                 'data_samples': [sample for view in together for sample in data_samples[view]],
             }
-            for place, sample in enumerate(self._results(batch)):
-                image = place % images
-                totals[image] = _add_probabilities(totals[image], sample.seg_logits.data)
-                if together[place // images] == views - 1:
-                    last[image] = sample
-                else:
-                    del sample.seg_logits  # the batch holds its samples to the end
+            for together in passes.values()
+        ]
+        places = [(view, image) for together in passes.values() for view in together for image in range(images)]
+        last: list[Any] = [None] * images
+        totals: list[Tensor | None] = [None] * images
+        for (view, image), sample in zip(places, self._results(batches), strict=True):
+            totals[image] = _add_probabilities(totals[image], sample.seg_logits.data)
+            if view == views - 1:
+                last[image] = sample
+            else:
+                del sample.seg_logits  # the batch holds its samples to the end
         return last, [total / views for total in totals if total is not None]
 
-    def _results(self, batch: dict[str, Any]) -> Iterator[Any]:
+    def _results(self, batches: Sequence[dict[str, Any]]) -> Iterator[Any]:
         """Samples with logits; those of `BEiTSegmentor` one after the other."""
         if not isinstance(self.module, BEiTSegmentor):
-            return iter(self.module.test_step(batch))
-        ready = self.module.data_preprocessor(batch, False)
-        return self.module.predictions(ready['inputs'], ready['data_samples'], keep_logits=True)
+            return chain.from_iterable(map(self.module.test_step, batches))
+        ready = [self.module.data_preprocessor(batch, False) for batch in batches]
+        return self.module.predictions([(one['inputs'], one['data_samples']) for one in ready], keep_logits=True)
 
 
 def _add_probabilities(total: Tensor | None, logits: Tensor) -> Tensor:

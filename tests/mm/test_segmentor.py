@@ -34,6 +34,7 @@ from segmentor_common import (
     samples,
 )
 
+from beit_plugin.mm import segmentor
 from beit_plugin.mm.segmentor import BEiTSegmentor, InferenceCfg
 
 pytestmark = pytest.mark.usefixtures('mmseg_scope')
@@ -85,6 +86,15 @@ def test_window_batch(number, expected):
     seen = batches(ours)
     assert_same(stock, ours, images(80, 144), lambda: originals((80, 144), (100, 130), (60, 70)))
     assert [shape[0] for shape in seen] == expected
+
+
+def test_windows_have_the_pixels_of_eight_of_640(monkeypatch):
+    assert segmentor.WINDOW_PIXELS == 8 * 640**2
+    monkeypatch.setattr(segmentor, 'WINDOW_PIXELS', 5 * CROP[0] * CROP[1] + 7)
+    ours = build('BEiTSegmentor', SLIDE)
+    seen = batches(ours)
+    ours.predict(images(80, 144), originals((80, 144), (100, 130), (60, 70)))
+    assert [shape[0] for shape in seen] == [5, 5, 2]
 
 
 FLIPS = [{}, {'flip': True, 'flip_direction': 'horizontal'}, {'flip': True, 'flip_direction': 'vertical'}]

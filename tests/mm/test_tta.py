@@ -112,6 +112,26 @@ def test_windows_of_both_flips_share_batches():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('number', [None, 7])
+def test_windows_of_all_scales_share_batches(number):
+    """What is smaller than a window is filled up, as mmsegmentation's own BEiT needs it."""
+    stock, ours = pair(SLIDE, ours={'window_batch': number}, preprocessor={'test_cfg': {'size': SLIDE['crop_size']}})
+    data = views((60, 82), batch=2)
+    theirs = Means(stock)
+    in_stock, in_ours = batches(stock), batches(ours)
+    expected = theirs.test_step(copy.deepcopy(data))
+    model = BEiTSegTTAModel(ours)
+    got = model.test_step(copy.deepcopy(data))
+    windows = sum(shape[0] for shape in in_stock)
+    assert {shape[1:] for shape in in_ours} == {(3, *SLIDE['crop_size'])}
+    full, rest = divmod(windows, number or windows)
+    assert [shape[0] for shape in in_ours] == [number or windows] * full + [rest] * bool(rest)
+    assert_same_labels(got, expected, theirs.means)
+    for mean, truth in zip(model._average(data)[1], theirs.means, strict=True):
+        assert (mean - truth).abs().max() < 1e-5
+
+
+@torch.no_grad()
 def test_views_of_equal_size_that_are_apart():
     stock, ours = pair(WHOLE)
     data = views(ratios=(1.0, 0.5, 1.0), flips=(*FLIPS, {'flip': True, 'flip_direction': 'vertical'}))
