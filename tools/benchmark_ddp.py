@@ -58,8 +58,9 @@ def main() -> None:
                 if isinstance(norm, nn.BatchNorm2d):
                     setattr(parent, name, SyncBatchNorm(norm.num_features, device=device))
         train = nn.parallel.DistributedDataParallel(
-            model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True
-        )
+            model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # as mmengine has it: SyncBN's are alike
+        )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     seconds = []
     for _ in range(WARM_UP + args.steps):

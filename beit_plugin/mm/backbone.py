@@ -202,11 +202,20 @@ class BEiTBackbone(BeitBackbone):
     def init_weights(self, needs_reset: bool = True) -> None:
         """Initialises, and loads the checkpoint of ``pretrained`` or ``init_cfg`` if there is one.
 
+        A fresh backbone is drawn as mmsegmentation's ``BEiT``, which differs from the paper's: output projections are
+        not made smaller with the depth, and the patch embedding is larger.
+
         Raises:
             CheckpointError: the checkpoint lacks a parameter of this backbone or has one that no part of BEiT owns.
             ValueError: an ``init_cfg`` of type 'Pretrained' without a checkpoint or with an unknown key.
         """
         super().init_weights(needs_reset)
+        for block in cast(list[Block], self.blocks):
+            self._draw(block.attn.proj.weight)
+            self._draw(block.mlp.fc2.weight)
+        nn.init.kaiming_normal_(self.patch_embed.proj.weight, nonlinearity='relu')
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
         init_cfg = getattr(self, 'init_cfg', None)  # the encoder's constructor initialises before there is one
         for cfg in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []:
             if cfg.get('type') != 'Pretrained':

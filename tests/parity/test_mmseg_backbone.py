@@ -68,6 +68,19 @@ def test_outputs_and_gradients(form, size):
     assert max(errors.values()) <= 1e-5, max(errors, key=errors.get)
 
 
+@pytest.mark.parametrize('form', ['v1', 'norms', 'patch 8'])
+def test_fresh_weights_are_drawn_as_theirs(form):
+    theirs, ours = BEiT(**{**ARGS, **FORMS[form]}), BEiTBackbone(**{**ARGS, **FORMS[form]})
+    theirs.init_weights()
+    expected, _ = to_native(theirs.state_dict())
+    for _ in range(2):  # as it is built, and drawn anew
+        for name, tensor in to_native(ours.state_dict())[0].items():
+            std = expected[name].std()
+            assert (tensor.std() - std).abs() <= 0.15 * std + 1e-5, name
+            assert (tensor.mean() - expected[name].mean()).abs() <= 0.3 * std + 1e-5, name
+        ours.init_weights()
+
+
 def test_weights_go_back():
     ours, theirs = pair(patch_norm=True, final_norm=True)
     native, rest = to_native(ours.state_dict())
