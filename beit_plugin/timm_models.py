@@ -6,7 +6,7 @@ timm keys a registering module by the last part of its name, so it must not be c
 import logging
 from typing import Any
 
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, register_model, register_notrace_module
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
@@ -15,13 +15,19 @@ from .checkpoints.files import open_wrappers
 from .checkpoints.fit import accept_any_dialect, fit, part_of
 from .models.backbone import BeitBackbone, resolve_stages
 from .models.beit import VARIANTS, Beit
+from .models.block import Block
+from .models.embed import BeitPatchEmbed
 from .models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
+from .models.relative_position import RelativePositionBias
 from .models.segmentor import build_segmentor
 from .timm_cfgs import default_cfgs as default_cfgs  # register_model reads them here
 
 _logger = logging.getLogger(__name__)
 
 __all__: list[str] = []  # register_model appends the entry points
+
+for _leaf in (BeitPatchEmbed, Block, RelativePositionBias):  # timm's torch.fx features do not look into them
+    register_notrace_module(_leaf)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
@@ -96,9 +102,12 @@ class _NamedFeatures(FeatureGetterNet):
 def _create_pyramid(
     variant: str, size: str, pretrained: bool, model_args: dict[str, Any], kwargs: dict[str, Any]
 ) -> nn.Module:
-    """``add_fpn`` for hosts that pass nothing but ``features_only`` and ``out_indices``, which here name levels."""
+    """``add_fpn`` for hosts that pass nothing but ``features_only`` and ``out_indices``, which here name levels.
+
+    Without ``features_only`` it is the classifier that the maps belong to, as with timm's other names.
+    """
     if not kwargs.get('features_only', False):
-        raise ValueError(f'{variant} makes feature maps; it needs features_only=True')
+        return _create(variant, size, pretrained, model_args, kwargs)
     levels = kwargs.pop('out_indices', (0, 1, 2, 3))
     return _create(variant, size, pretrained, {**model_args, 'add_fpn': True}, kwargs, levels)
 

@@ -10,8 +10,10 @@ import timm
 import torch
 from helpers import images, randomize, relative_error, weighted_sum
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import get_notrace_functions, get_notrace_modules
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import beit_plugin  # noqa: F401  registers
 from beit_plugin.models.param_groups import layer_id
@@ -248,6 +250,27 @@ def test_grad_checkpointing():
 def test_init_non_persistent_buffers_has_nothing_to_do():
     model = create()
     assert not list(model.buffers()) and model.init_non_persistent_buffers() is None
+
+
+@pytest.mark.parametrize(
+    'form', [{}, dict(use_abs_pos_emb=True, use_rel_pos_bias=False), dict(use_shared_rel_pos_bias=True)], ids=str
+)
+def test_graph_features(form):
+    """Graphs of torch.fx, by timm's and torchvision's extractors: every block is a node, any size runs."""
+    model = create(**form)
+    modules, functions = get_notrace_modules(), get_notrace_functions()
+    tracing = dict(leaf_modules=modules, autowrap_functions=functions)
+    nodes = get_graph_node_names(model, tracer_kwargs=tracing)[1]
+    assert [f'blocks.{i}' for i in range(4)] == [node for node in nodes if node.startswith('blocks')]
+    features = create_feature_extractor(model, ['blocks.1', 'head'], tracer_kwargs=tracing)
+    for size in ((48, 80), (64, 33)):
+        x = images(*size)
+        got = features(x)
+        assert relative_error(got['head'], model(x)) < 1e-6
+        expected = model.forward_intermediates(x, [1], return_prefix_tokens=True, output_fmt='NLC')[1][0]
+        assert relative_error(got['blocks.1'][0], torch.cat(expected[::-1], 1)) < 1e-6
+    weighted_sum(features.train()(X)['head']).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_pickles():

@@ -131,9 +131,9 @@ def choose_backend(
     requested = layers[0].backend if layers else 'sdpa'
     if requested == 'eager' or weights:
         return 'eager'
-    if requested == 'fused' or (requested == 'auto' and _fused_is_best(x)):
-        # any layer: some of them may be frozen in eval mode
-        dropout_p = layers[0].attn_drop.p if any(layer.training for layer in layers) else 0.0
+    fused = requested == 'fused' and not isinstance(x, torch.fx.Proxy)  # a graph is for every device and dtype
+    if fused or (requested == 'auto' and _fused_is_best(x)):
+        dropout_p = layers[0].attn_drop.p if any(layer.training for layer in layers) else 0.0  # some may be frozen
         reason = fused_refusal(x, layers[0].head_dim, dropout_p)
         if reason is None:
             return 'fused'

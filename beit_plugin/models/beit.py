@@ -34,6 +34,10 @@ from .windows import Windows, cut_windows, resolve_global_blocks, resolve_window
 
 __all__ = ['VARIANTS', 'Beit', 'BeitOutput']
 
+# torch.fx shall not look into them; timm_models tells it so of modules
+for _name in ('attention_dtype', 'bias_geometry', 'resize_abs_pos_embed'):
+    torch.fx.wrap(_name)
+
 # tiny and small: DeiT (arXiv:2012.12877) table 1; base and large: ViT (arXiv:2010.11929) table 1, with the layer
 # scales of the commands in unilm beit/README.md
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -276,6 +280,14 @@ class Beit(OfficialInitialisation, TimmInterface):
             if output_attentions:
                 attentions.append(weights)
         return x, states, attentions
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles instead of this module; see ``scripted``."""
+        from .scripted import ScriptedBeit  # nobody else needs it
+
+        if type(self) is not Beit:
+            raise ValueError(f'TorchScript can take a Beit, not a {type(self).__name__}; use torch.export')
+        return ScriptedBeit(self)
 
     def encode(
         self,

@@ -56,7 +56,7 @@ def relative_position_index(h: int, w: int, device: torch.device | None = None, 
     rows = torch.arange(h, device=device) * (2 * w - 1)
     place = (rows[:, None] + torch.arange(w, device=device)).flatten()  # h*w
     index = place[:, None] - place[None, :] + ((h - 1) * (2 * w - 1) + w - 1)  # h*w, h*w
-    last = num_relative_distance((h, w)) - 1
+    last = (2 * h - 1) * (2 * w - 1) + 2  # written out for TorchScript, which compiles this too
     cls_to_token = torch.full_like(index[:1], last - 2)  # 1, h*w
     token_to_cls = torch.full_like(index[:, :1], last - 1)  # h*w, 1
     top = torch.cat((torch.full_like(index[:1, :1], last), cls_to_token), 1)

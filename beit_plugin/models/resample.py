@@ -201,11 +201,14 @@ def resize_abs_pos_embed(pos_embed: Tensor, old: tuple[int, int], new: tuple[int
     ``torch.export`` leaves open; at the stored grid the positions come back untouched.
     """
     matrices = resize_matrices(old, new, 'positions', pos_embed.device)
-    if matrices is None:
-        return pos_embed
+    return pos_embed if matrices is None else apply_positions(pos_embed, matrices)
+
+
+def apply_positions(pos_embed: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+    """Resizes positions (1, 1 + h*w, C) by two maps."""
     to_y, to_x = matrices
-    patches = pos_embed[0, 1:].to(to_y.dtype).reshape(old[0], -1)  # h, w*C
-    patches = (to_y @ patches).reshape(to_y.shape[0], old[1], -1)  # h', w, C
+    patches = pos_embed[0, 1:].to(to_y.dtype).reshape(to_y.shape[1], -1)  # h, w*C
+    patches = (to_y @ patches).reshape(to_y.shape[0], to_x.shape[1], -1)  # h', w, C
     patches = (to_x @ patches).reshape(1, to_y.shape[0] * to_x.shape[0], -1)  # 1, h'*w', C
     return torch.cat((pos_embed[:, :1], patches.to(pos_embed.dtype)), dim=1)
 
@@ -217,11 +220,12 @@ def apply_resize(table: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """
     to_y, to_x = matrices
     heads = table.shape[1]
-    patch_rows = table[:-NUM_CLS_ROWS].to(to_y.dtype).reshape(to_y.shape[1], to_x.shape[1] * heads)
+    rows = to_y.shape[1] * to_x.shape[1]  # of patches; TorchScript, which compiles this too, knows no NUM_CLS_ROWS
+    patch_rows = table[:rows].to(to_y.dtype).reshape(to_y.shape[1], to_x.shape[1] * heads)
     resized = to_y @ patch_rows  # S_y', S_x*K
     resized = resized.reshape(to_y.shape[0], to_x.shape[1], heads).permute(0, 2, 1) @ to_x.t()  # S_y', K, S_x'
     resized = resized.permute(0, 2, 1).reshape(-1, heads).to(table.dtype)  # S_y'*S_x', K
-    return torch.cat((resized, table[-NUM_CLS_ROWS:]))
+    return torch.cat((resized, table[rows:]))
 
 
 def resize_rel_pos_bias_table(

@@ -183,11 +183,9 @@ def test_segmentation_models_pytorch(name, depth):
         assert model.eval()(x).shape == (2, 3, 64, 96)
 
 
-def test_pyramid_models_are_for_features_only():
-    with pytest.raises(
-        ValueError, match='beit_plugin_tiny_patch16_224_fpn makes feature maps; it needs features_only=True'
-    ):
-        timm.create_model('beit_plugin_tiny_patch16_224_fpn')
+def test_pyramid_models():
+    classifier = timm.create_model('beit_plugin_base_patch16_224_fpn', **SMALL)
+    assert classifier(images(64, 96)).shape == (2, 1000)
     levels = timm.create_model('beit_plugin_base_patch16_224_fpn', features_only=True, out_indices=(1, -1), **SMALL)
     assert levels.feature_info.reduction() == [8, 32] and len(levels(images(64, 96))) == 2
 
