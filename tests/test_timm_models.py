@@ -11,6 +11,7 @@ import torch
 from helpers import images, randomize, relative_error, weighted_sum
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -182,6 +183,17 @@ def test_classifier():
     assert model(X.double()).shape == (2, 16) == (2, model.num_features) and model.head_hidden_size == 16
     with pytest.raises(ValueError, match="global_pool must be 'avg', 'token' or '', got 'max'"):
         model.reset_classifier(7, 'max')
+
+
+@pytest.mark.parametrize('built, reset', [('avg', 'token'), ('token', 'avg'), ('avg', 'avg')])
+def test_a_folder_of_timms_builds_the_same_model(built, reset, tmp_path):
+    model = create(global_pool=built)
+    model.reset_classifier(3, reset)
+    save_for_hf(model, tmp_path)
+    if not hasattr(model, '_traits'):
+        pytest.skip('this timm does not write how its models are built')
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(again(X), model(X))
 
 
 def test_set_input_size():

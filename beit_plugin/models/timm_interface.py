@@ -135,6 +135,9 @@ class TimmInterface(nn.Module):
         """Gives the model a new, untrained classifier on its own device and in its own dtype; 0 classes for none."""
         if global_pool is not None:
             self.global_pool = _check_pool(global_pool)
+            if hasattr(self, '_traits'):  # timm >= 1.0.28 writes how to build the model again; the norm stays in place
+                known = getattr(self, '_model_args', {})
+                self._model_args = dict(known, use_fc_norm=not isinstance(self.fc_norm, nn.Identity))
         self.num_classes = num_classes
         like = self.cls_token
         self.head = (
