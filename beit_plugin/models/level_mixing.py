@@ -71,9 +71,7 @@ def add_enlarged(fine: Tensor, coarse: Tensor, align_corners: bool) -> Tensor:
     to_x = bilinear_matrix(w, W, align_corners, coarse.device, dtype)
     to_y = bilinear_matrix(h, H, align_corners, coarse.device, dtype)
     wide = torch.bmm(to_x.expand(B * h, -1, -1), coarse.permute(0, 2, 3, 1).reshape(B * h, w, C))  # B h, W, C
-    whole = fine.permute(0, 2, 3, 1).reshape(B, H, W * C)
-    summed = torch.baddbmm(whole, to_y.expand(B, -1, -1), wide.view(B, h, W * C)).view(B, H, W, C).permute(0, 3, 1, 2)
-    return summed.contiguous() if fine.is_contiguous() else summed
+    return _add_rows(fine, to_y, wide.view(B, h, W * C))
 
 
 def _can_mix(conv: nn.Conv2d, x: Tensor) -> bool:
@@ -113,10 +111,14 @@ def _add_small(y: Tensor, parts: Sequence[tuple[Tensor, Tensor]], align_corners:
         wide = torch.bmm(to_x.expand(k_y * B * h, -1, -1), mixed.view(k_y * B * h, w * k_x, out))
         rows.extend(wide.view(k_y, B, h, W * out).unbind(0))
         to_y.append(_taps(h, H, k_y, align_corners, x.device, dtype).reshape(H, k_y * h))
+    return _add_rows(y, torch.cat(to_y, 1), torch.cat(rows, 1))  # over all levels and vertical taps, for y is large
+
+
+def _add_rows(y: Tensor, to_y: Tensor, rows: Tensor) -> Tensor:
+    """y (B, O, H, W) and the rows (B, n, W*O) of smaller maps, which a matrix (H, n) places; in y's memory format."""
+    B, out, H, W = y.shape
     whole = y.permute(0, 2, 3, 1).reshape(B, H, W * out)
-    # sums over all levels and vertical taps, for y is large
-    summed = torch.baddbmm(whole, torch.cat(to_y, 1).expand(B, -1, -1), torch.cat(rows, 1))
-    summed = summed.view(B, H, W, out).permute(0, 3, 1, 2)
+    summed = torch.baddbmm(whole, to_y.expand(B, -1, -1), rows).view(B, H, W, out).permute(0, 3, 1, 2)
     # in the order of the convolution: on the CPU BatchNorm of channels that come last is less accurate
     return summed.contiguous() if y.is_contiguous() else summed
 
