@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from quickstart_pretrain import merge_options, pretrain, shorten, step
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIG = REPOSITORY / 'configs/seg/beit-tiny_upernet_shapes.py'
 
 EXAMPLES = """examples:
-  bash tools/quickstart.sh                       shapes that it draws itself: about 4 minutes on 2 CPU cores
+  bash tools/quickstart.sh                       shapes that it draws itself: about 3 minutes on 2 CPU cores
   bash tools/quickstart.sh --pretrain            masked image modelling first, and what it gains: below 10 minutes
   bash tools/quickstart.sh --data-root DIR       your images, in one of these layouts:
 
@@ -25,10 +27,6 @@ EXAMPLES = """examples:
   labels/ or masks/ may stand for annotations/. Labels are one-channel images of class numbers, 255 is ignored.
   DIR/classes.json may name the classes: {"classes": ["sky", "road"], "reduce_zero_label": false}
 """
-
-
-def step(number: int, text: str, of: int = 5) -> None:
-    print(f'\n[{number}/{of}] {text}', flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -68,19 +66,15 @@ def parse_args() -> argparse.Namespace:
 def load_config(args: argparse.Namespace, work_dir: Path) -> Any:
     """The quickstart's configuration on the data at hand."""
     from data_folders import detect, use_folders
-    from quickstart_pretrain import shorten
-    from run_common import key_value
 
     folders = detect(args.data_root or REPOSITORY / 'data/shapes')
-    from mmengine.config import Config, DictAction  # after the folders: what is wrong there is said at once
+    from mmengine.config import Config  # after the folders: what is wrong there is said at once
 
-    options = argparse.ArgumentParser()
-    options.add_argument('--cfg-options', nargs='*', type=key_value, action=DictAction, default={})
     cfg = Config.fromfile(CONFIG)
     use_folders(cfg, folders, work_dir)
     if args.pretrain:
         shorten(cfg)
-    cfg.merge_from_dict(options.parse_args(['--cfg-options', *args.cfg_options]).cfg_options)
+    merge_options(cfg, args.cfg_options)
     zero = ', label 0 is ignored' if folders.reduce_zero_label else ''
     train, val = (len(folders.names[key]) for key in ('train', 'val'))
     print(
@@ -103,22 +97,20 @@ def main(args: argparse.Namespace) -> None:
         make_shapes(REPOSITORY / 'data/shapes')
     cfg = load_config(args, work_dir)
     if args.pretrain:
-        from quickstart_pretrain import pretrain
-
         pretrain(cfg, work_dir, args.pretrain_options)
         return
 
-    step(2, 'training')
+    step(2, 'training', 5)
     cfg.work_dir = str(work_dir)
     checkpoint, *_ = run_common.train(cfg)
 
     scores = []
     for number, (name, tta) in enumerate((('single-scale', False), ('multi-scale and flip', True)), start=3):
-        step(number, f'evaluation, {name}')
+        step(number, f'evaluation, {name}', 5)
         cfg.work_dir = str(work_dir / name.split()[0])
         scores.append(run_common.evaluate(cfg, checkpoint, tta)['mIoU'])
 
-    step(5, 'pictures')
+    step(5, 'pictures', 5)
     from plot_run import plot_curve, plot_overlay
 
     cfg.work_dir = str(work_dir)

@@ -25,6 +25,21 @@ def shorten(cfg: Any) -> None:
     cfg.default_hooks.checkpoint.interval = STEPS
 
 
+def step(number: int, text: str, of: int) -> None:
+    """A headline on the console."""
+    print(f'\n[{number}/{of}] {text}', flush=True)
+
+
+def merge_options(cfg: Any, options: list[str]) -> None:
+    """KEY=VALUE arguments into a configuration, read as --cfg-options of the other tools."""
+    from mmengine.config import DictAction
+    from run_common import key_value
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='*', type=key_value, action=DictAction, default={})
+    cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+
+
 def pretrain(cfg: Any, work_dir: Path, options: list[str]) -> None:
     """All of it; `cfg` is the segmentor on its data.
 
@@ -38,10 +53,10 @@ def pretrain(cfg: Any, work_dir: Path, options: list[str]) -> None:
 
     start = time.monotonic()
     images = Path(cfg.train_dataloader.dataset.data_root, cfg.train_dataloader.dataset.data_prefix.img_path)
-    _say(2, 'tokenizer: a VQ-KD, which learns from a network of random weights')
+    step(2, 'tokenizer: a VQ-KD, which learns from a network of random weights', 6)
     tokenizer = _train(_configuration(TOKENIZER, images, work_dir / 'tokenizer', options))
 
-    _say(3, 'pre-training: masked image modelling, without labels')
+    step(3, 'pre-training: masked image modelling, without labels', 6)
     pretraining = _configuration(PRETRAINING, images, work_dir / 'pretraining', options)
     pretraining.model.tokenizer.source = str(tokenizer)
     weights = _train(pretraining)
@@ -50,13 +65,13 @@ def pretrain(cfg: Any, work_dir: Path, options: list[str]) -> None:
     few = _few_labels(cfg, work_dir)
     scores = []
     for number, (name, file) in enumerate(zip(NAMES, (str(weights), None), strict=True), start=4):
-        _say(number, f'segmentor {name}, labels of {few} images')
+        step(number, f'segmentor {name}, labels of {few} images', 6)
         segmentor = copy.deepcopy(cfg)
         segmentor.model.backbone.pretrained = file
         segmentor.work_dir = str(work_dir / name.replace(' ', '-'))
         scores.append(run_common.train(segmentor)[2])
 
-    _say(6, 'pictures')
+    step(6, 'pictures', 6)
     pictures = sorted((work_dir / 'pretraining/pictures').iterdir(), key=lambda path: path.stat().st_mtime)
     print(f'  {pictures[-1]}\n  {plot_comparison([work_dir / name.replace(" ", "-") for name in NAMES], 4)}')
     for name in NAMES:
@@ -66,20 +81,13 @@ def pretrain(cfg: Any, work_dir: Path, options: list[str]) -> None:
     print('mIoU ' + ' '.join(f'{name} {score:.2f}' for name, score in zip(NAMES, scores, strict=True)))
 
 
-def _say(number: int, text: str) -> None:
-    print(f'\n[{number}/6] {text}', flush=True)
-
-
 def _configuration(path: Path, images: Path, work_dir: Path, options: list[str]) -> Any:
-    from mmengine.config import Config, DictAction
-    from run_common import key_value
+    from mmengine.config import Config
 
     cfg = Config.fromfile(path)
     cfg.work_dir, cfg.launcher = str(work_dir), 'none'
     cfg.train_dataloader.dataset.data_root = str(images)
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='*', type=key_value, action=DictAction, default={})
-    cfg.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
+    merge_options(cfg, options)
     return cfg
 
 
