@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from ..checkpoints import load
 from ..models.beit import VARIANTS
 from ..models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling, MIMOutput
 from ..tokenizers import Tokenizer, load_tokenizer
-from .aside import Aside
+from .aside import ModelWithAside
 
 __all__ = ['BEiTMIMHead', 'BEiTPretrainer']
 
@@ -83,7 +82,7 @@ class BEiTMIMHead:
 
 
 @MODELS.register_module()
-class BEiTPretrainer(BaseModel):
+class BEiTPretrainer(ModelWithAside):
     """Masked image modelling.
 
     Args:
@@ -108,9 +107,9 @@ class BEiTPretrainer(BaseModel):
         pretrained: str | None = None,
         data_preprocessor: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(data_preprocessor or dict(type='BEiTMIMDataPreprocessor'))
+        frozen = tokenizer if isinstance(tokenizer, Tokenizer) else MODELS.build(dict(tokenizer))
+        super().__init__(frozen, data_preprocessor)
         self.pretrained = pretrained
-        self.tokens_from = Aside(tokenizer if isinstance(tokenizer, Tokenizer) else MODELS.build(dict(tokenizer)))
         self.head: BEiTMIMHead = MODELS.build({'type': 'BEiTMIMHead', **(head or {})})
         vocab_size = self.head.vocab_size or self.tokenizer.vocab_size
         if vocab_size != self.tokenizer.vocab_size:
@@ -123,11 +122,7 @@ class BEiTPretrainer(BaseModel):
     @property
     def tokenizer(self) -> Tokenizer:
         """What gives the tokens."""
-        return self.tokens_from.module
-
-    def _apply(self, *args: Any, **kwargs: Any) -> 'BEiTPretrainer':
-        self.tokens_from.module._apply(*args, **kwargs)
-        return super()._apply(*args, **kwargs)
+        return self.aside
 
     def init_weights(self) -> None:
         """Initialises, and loads the checkpoint of ``pretrained`` if there is one."""

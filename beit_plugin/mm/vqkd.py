@@ -6,12 +6,11 @@ from typing import Any
 
 import timm
 import torch
-from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..tokenizers import VQKD, Teacher, create_vqkd
-from .aside import Aside
+from .aside import ModelWithAside
 
 __all__ = ['BEiTVQKD', 'build_teacher']
 
@@ -66,7 +65,7 @@ def build_teacher(
 
 
 @MODELS.register_module()
-class BEiTVQKD(BaseModel):
+class BEiTVQKD(ModelWithAside):
     """Trains a VQ-KD; ``tokenizers.load_tokenizer`` reads its checkpoints, as ``BEiTTokenizer`` of ``BEiTPretrainer``.
 
     Args:
@@ -84,8 +83,7 @@ class BEiTVQKD(BaseModel):
         teacher: Mapping[str, Any] | Teacher,
         data_preprocessor: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(data_preprocessor or dict(type='BEiTMIMDataPreprocessor'))
-        self.taught_by = Aside(teacher if isinstance(teacher, Teacher) else build_teacher(**teacher))
+        super().__init__(teacher if isinstance(teacher, Teacher) else build_teacher(**teacher), data_preprocessor)
         options = {'target_dim': self.teacher.dim, **tokenizer}
         variant = options.pop('variant', None)
         self.tokenizer = VQKD(**options) if variant is None else create_vqkd(variant, **options)
@@ -93,11 +91,7 @@ class BEiTVQKD(BaseModel):
     @property
     def teacher(self) -> Teacher:
         """What the tokenizer learns from."""
-        return self.taught_by.module
-
-    def _apply(self, *args: Any, **kwargs: Any) -> 'BEiTVQKD':
-        self.taught_by.module._apply(*args, **kwargs)
-        return super()._apply(*args, **kwargs)
+        return self.aside
 
     def init_weights(self) -> None:
         """Nothing: the tokenizer was initialised as it was built."""
