@@ -5,11 +5,12 @@ every pixel is ignored. Legend: B batch, H W pixels of the labels, h w pixels of
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .checks import LateLook
 from .upsampled_loss import upsampled_cross_entropy
 
 
@@ -34,11 +35,7 @@ class LabelGuard:
 
     def __init__(self, hint: str) -> None:
         self.hint = hint
-        self._pending: tuple[torch.cuda.Event, Tensor, _Batch] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # an event can neither be copied nor pickled, and models are both (weight averaging, checkpoints)
-        return {**self.__dict__, '_pending': None}
+        self._later = LateLook()
 
     def __call__(
         self, labels: Tensor, num_classes: int, ignore_index: int | None, names: Sequence[str] | None = None
@@ -67,16 +64,10 @@ class LabelGuard:
         if not labels.is_cuda:
             self._raise_if(wrong.any(), batch)
             return labels
-        if self._pending is not None:
-            arrived, found, last = self._pending
-            arrived.synchronize()
-            self._pending = None
-            self._raise_if(found, last)
-        found = torch.empty((), dtype=torch.bool, pin_memory=True)
-        found.copy_(wrong.any(), non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._pending = (arrived, found, batch)
+        last = self._later.collect()
+        if last is not None:
+            self._raise_if(*last)
+        self._later.send(wrong.any(), batch)
         return labels.masked_fill(wrong, 0 if ignore_index is None else ignore_index)
 
     def _raise_if(self, found: Tensor, batch: _Batch) -> None:

@@ -5,10 +5,11 @@ Shapes: B batch, C channels, H W pixels, h w grid of tokens.
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..models.checks import LateLook
 
 __all__ = ['Tokenizer', 'without_autocast']
 
@@ -137,12 +138,8 @@ class _RangeGuard:
     """Finds pixels outside of [0, 1] without a wait for the GPU in every step; see ``Tokenizer.check_images``."""
 
     def __init__(self) -> None:
-        self._pending: tuple[torch.cuda.Event, Tensor] | None = None
+        self._later = LateLook()
         self._seen = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        # an event can neither be copied nor pickled, and models are both
-        return {**self.__dict__, '_pending': None}
 
     def __call__(self, images: Tensor) -> None:
         if torch.compiler.is_compiling() or not images.numel() or images.is_meta:
@@ -152,16 +149,10 @@ class _RangeGuard:
             self._seen = True
             self._raise_if(extremes)
             return
-        if self._pending is not None:
-            arrived, last = self._pending
-            self._pending = None
-            arrived.synchronize()
-            self._raise_if(last)
-        copy = torch.empty(2, pin_memory=True)
-        copy.copy_(extremes, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._pending = arrived, copy
+        last = self._later.collect()
+        if last is not None:
+            self._raise_if(last[0])
+        self._later.send(extremes)
 
     @staticmethod
     def _raise_if(extremes: Tensor) -> None:

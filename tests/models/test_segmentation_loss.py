@@ -113,9 +113,9 @@ class TestLabelGuardOnCuda:
         loss = SegmentationLoss()
         labels = torch.zeros(2, 8, 8, dtype=torch.long, device='cuda')
         loss(torch.randn(2, 5, 4, 4, device='cuda'), labels)
-        assert loss._guard._pending is not None
+        assert loss._guard._later._pending is not None
         for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
-            assert twin._guard._pending is None
+            assert twin._guard._later._pending is None
 
     def test_does_not_wait_for_the_device(self):
         guard = LabelGuard('')
