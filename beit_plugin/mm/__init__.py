@@ -39,10 +39,22 @@ from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor  # noqa: E4
 from .resume import BEiTResumeHook  # noqa: E402
 from .vqkd import BEiTVQKD  # noqa: E402
 
-__all__ = ['BEiTBF16OptimWrapper', 'BEiTBackbone', 'BEiTLayerDecayConstructor', 'BEiTPyramid', 'BEiTResumeHook']
-__all__ += ['BEiTSimplePyramid']
-__all__ += ['BEiTImages', 'BEiTMIMDataPreprocessor', 'BEiTMIMHead', 'BEiTMIMPictureHook', 'BEiTNoDecayConstructor']
-__all__ += ['BEiTPretrainer', 'BEiTThroughputHook', 'BEiTVQKD']
+__all__ = [
+    'BEiTBF16OptimWrapper',
+    'BEiTBackbone',
+    'BEiTImages',
+    'BEiTLayerDecayConstructor',
+    'BEiTMIMDataPreprocessor',
+    'BEiTMIMHead',
+    'BEiTMIMPictureHook',
+    'BEiTNoDecayConstructor',
+    'BEiTPretrainer',
+    'BEiTPyramid',
+    'BEiTResumeHook',
+    'BEiTSimplePyramid',
+    'BEiTThroughputHook',
+    'BEiTVQKD',
+]
 
 if find_spec('mmseg') is not None:  # detectors need no segmentation heads and labels
     from .decode_head import BEiTFCNHead as BEiTFCNHead
@@ -52,5 +64,11 @@ if find_spec('mmseg') is not None:  # detectors need no segmentation heads and l
     from .transforms import BEiTLoadImageFromFile as BEiTLoadImageFromFile
     from .tta import BEiTSegTTAModel as BEiTSegTTAModel
 
-    __all__ += ['BEiTFCNHead', 'BEiTLoadAnnotations', 'BEiTLoadImageFromFile', 'BEiTUPerHead']
-    __all__ += ['BEiTSegTTAModel', 'BEiTSegmentor']
+    __all__ += [
+        'BEiTFCNHead',
+        'BEiTLoadAnnotations',
+        'BEiTLoadImageFromFile',
+        'BEiTSegTTAModel',
+        'BEiTSegmentor',
+        'BEiTUPerHead',
+    ]

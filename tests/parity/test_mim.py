@@ -1,7 +1,6 @@
 """Masked image modelling against transformers (v1) and mmpretrain (v1 and v2): logits, losses, all gradients."""
 
 import importlib.util
-import warnings
 
 import pytest
 import torch
@@ -77,17 +76,6 @@ def test_transformers(tables):
     assert_same_gradients(ours, theirs)
 
 
-@pytest.fixture(scope='module')
-def mmpretrain():
-    if not all(map(importlib.util.find_spec, ('mmpretrain', 'einops', 'mat4py', 'modelindex', 'importlib_metadata'))):
-        pytest.skip("needs pip install 'mmpretrain==1.2.0' model-index 'importlib_metadata<9'")
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # mmpretrain 1.2.0 has invalid escapes and deprecated calls at import
-        importlib.import_module('beit_plugin.mm')  # first: makes mmpretrain importable
-        models, structures = map(importlib.import_module, ('mmpretrain.models', 'mmpretrain.structures'))
-    return models, structures.DataSample
-
-
 class Target(nn.Module):
     """Stands for a tokenizer: v2 takes indices (B, h*w), v1 scores (B, vocab_size, h, w)."""
 
@@ -104,9 +92,8 @@ ARCH = dict(embed_dims=128, num_layers=DEPTH, depth=DEPTH, num_heads=2, feedforw
 
 def theirs_of(mmpretrain, v2, tokens, out_indices, early_layers):
     """mmpretrain's whole model, as in its configs beit_beit-base-p16… and beitv2_beit-base-p16…."""
-    models, _ = mmpretrain
     grid = tokens.shape[1:]
-    model = models.BEiT(
+    model = mmpretrain.models.BEiT(
         backbone=dict(
             type='BEiTPretrainViT', arch=ARCH, img_size=(16 * grid[0], 16 * grid[1]), patch_size=16, final_norm=not v2,
             out_indices=out_indices, out_type='raw',
@@ -124,7 +111,7 @@ def theirs_of(mmpretrain, v2, tokens, out_indices, early_layers):
 def losses_of(mmpretrain, model, x, mask):
     samples = []
     for hidden in mask:
-        sample = mmpretrain[1]()
+        sample = mmpretrain.structures.DataSample()
         sample.set_field(hidden, 'mask')
         samples.append(sample)
     return model.loss([x, x], samples)
@@ -164,7 +151,7 @@ def test_mmpretrain_v2(mmpretrain, out_indices, early_layers, grid):
 def test_mmpretrain_loses_the_scale_of_the_extra_blocks(mmpretrain):
     # its neck scales them in the constructor, then init_weights() draws them anew; ours keep the scale of their place
     torch.manual_seed(0)
-    neck = mmpretrain[0].BEiTV2Neck(early_layers=2, backbone_arch=ARCH)
+    neck = mmpretrain.models.BEiTV2Neck(early_layers=2, backbone_arch=ARCH)
     neck.init_weights()
     ours = BeitV2ForMaskedImageModeling(**OURS, early_layers=2)
     for blocks, expected in ((neck.patch_aggregation, [1, 1]), (ours.cls_pt_layers, [6**-0.5, 8**-0.5])):

@@ -41,18 +41,8 @@ def test_flava(blocks):
     assert len(ours.encode(x).unique()) > 10
 
 
-@pytest.fixture(scope='module')
-def mmpretrain():
-    if not all(map(importlib.util.find_spec, ('mmpretrain', 'einops', 'mat4py', 'modelindex', 'importlib_metadata'))):
-        pytest.skip("needs pip install 'mmpretrain==1.2.0' model-index 'importlib_metadata<9'")
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # mmpretrain 1.2.0 has invalid escapes and deprecated calls at import
-        importlib.import_module('beit_plugin.mm')  # first: makes mmpretrain importable
-        return importlib.import_module('mmpretrain.models')
-
-
 def test_mmpretrain_dalle(mmpretrain):
-    theirs = mmpretrain.DALLEEncoder(n_hid=WIDTH, vocab_size=VOCAB)
+    theirs = mmpretrain.models.DALLEEncoder(n_hid=WIDTH, vocab_size=VOCAB)
     x = pictures(48, 80)
     centre(theirs.blocks.output.conv, theirs(map_pixels(x)))
     ours = load_tokenizer({'state_dict': theirs.state_dict()})
@@ -62,7 +52,7 @@ def test_mmpretrain_dalle(mmpretrain):
 
 def test_mmpretrain_dalle_of_full_size(mmpretrain):
     with torch.device('meta'):
-        ours, theirs = DalleEncoder(), mmpretrain.DALLEEncoder(device='meta')
+        ours, theirs = DalleEncoder(), mmpretrain.models.DALLEEncoder(device='meta')
     shapes = [tuple(p.shape) for p in ours.parameters()]
     assert shapes == [tuple(p.shape) for p in theirs.parameters()]
 
@@ -70,7 +60,7 @@ def test_mmpretrain_dalle_of_full_size(mmpretrain):
 def vqkd_of(mmpretrain, size=(64, 64), depth=3):
     """As ``vqkd_encoder`` of its configs/beitv2, smaller."""
     arch = dict(embed_dims=128, num_layers=depth, num_heads=2, feedforward_channels=256)
-    return mmpretrain.VQKD(
+    return mmpretrain.models.VQKD(
         encoder_config=dict(
             arch=arch, img_size=size, patch_size=16, in_channels=3, out_indices=-1, drop_rate=0.0, drop_path_rate=0.0,
             norm_cfg=dict(type='LN', eps=1e-6), final_norm=True, out_type='featmap', with_cls_token=True,
