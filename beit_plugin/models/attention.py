@@ -323,7 +323,7 @@ class Attention(nn.Module):
             out = attention(q, k, v, bias, dropout_p, self.backend)
         out = out.transpose(1, 2).reshape(B, N, C)
         if windows is not None and weights is not None:
-            weights = weights.unflatten(0, (-1, windows.total))  # B, windows, K, 1+wh*ww, 1+wh*ww
+            weights = weights.unflatten(0, (-1, windows.total()))  # B, windows, K, 1+wh*ww, 1+wh*ww
         return self._project(out, windows), weights
 
     def _project(self, x: Tensor, windows: Windows | None) -> Tensor:

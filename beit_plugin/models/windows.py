@@ -37,31 +37,30 @@ class Windows(NamedTuple):
     grid: tuple[int, int]  # h, w in patches
     size: tuple[int, int]  # wh, ww in patches
 
-    @property
+    # torch.compile of torch 2.6 takes methods of named tuples, but no properties
     def counts(self) -> tuple[int, int]:
         """Rows and columns of windows."""
         (h, w), (wh, ww) = self.grid, self.size
         return (h + wh - 1) // wh, (w + ww - 1) // ww
 
-    @property
     def total(self) -> int:
         """Windows of an image."""
-        return self.counts[0] * self.counts[1]
+        return self.counts()[0] * self.counts()[1]
 
     def split(self, x: Tensor) -> Tensor:
         """Tokens (B, 1 + h*w, C), [CLS] first, to those of windows (B * windows, 1 + wh*ww, C), image by image."""
         B, _, C = x.shape
-        (rows, columns), (wh, ww) = self.counts, self.size
+        (rows, columns), (wh, ww) = self.counts(), self.size
         patches = x[:, 1:].unflatten(1, self.grid)  # B, h, w, C
         patches = _repeat_last(_repeat_last(patches, 1, rows, wh), 2, columns, ww)  # B, rows*wh, columns*ww, C
-        patches = patches.reshape(B, rows, wh, columns, ww, C).transpose(2, 3).reshape(B, self.total, wh * ww, C)
-        cls_token = x[:, None, :1].expand(-1, self.total, -1, -1)  # B, windows, 1, C
+        patches = patches.reshape(B, rows, wh, columns, ww, C).transpose(2, 3).reshape(B, self.total(), wh * ww, C)
+        cls_token = x[:, None, :1].expand(-1, self.total(), -1, -1)  # B, windows, 1, C
         return torch.cat((cls_token, patches), dim=2).flatten(0, 1)  # B*windows, 1+wh*ww, C
 
     def merge(self, x: Tensor) -> Tensor:
         """The inverse of ``split``: (B * windows, 1 + wh*ww, C) to (B, 1 + h*w, C); [CLS] is the mean of its copies."""
-        (rows, columns), (wh, ww), C = self.counts, self.size, x.shape[-1]
-        x = x.unflatten(0, (-1, self.total))  # B, windows, 1+wh*ww, C
+        (rows, columns), (wh, ww), C = self.counts(), self.size, x.shape[-1]
+        x = x.unflatten(0, (-1, self.total()))  # B, windows, 1+wh*ww, C
         patches = x[:, :, 1:].reshape(-1, rows, columns, wh, ww, C).transpose(2, 3)  # B, rows, wh, columns, ww, C
         patches = patches.reshape(-1, rows * wh, columns * ww, C)
         patches = _drop_repeated(_drop_repeated(patches, 1, self.grid[0], wh), 2, self.grid[1], ww)  # B, h, w, C

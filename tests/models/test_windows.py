@@ -120,7 +120,7 @@ def test_window_of_the_native_grid_reads_the_table_as_it_is():
     x, grid = model.embed(images(96, 160))
     bias = model.position_bias(grid, x)
     assert bias.windowed.geometry.matrices is None and bias.full.geometry.matrices is not None
-    assert bias.windowed.windows == Windows((6, 10), (3, 5)) and bias.windowed.windows.counts == (2, 2)
+    assert bias.windowed.windows == Windows((6, 10), (3, 5)) and bias.windowed.windows.counts() == (2, 2)
 
 
 @pytest.mark.parametrize('grid, size', [((7, 5), (3, 2)), ((6, 4), (3, 2)), ((3, 9), (3, 4)), ((4, 4), (4, 1))])
@@ -128,7 +128,7 @@ def test_merge_inverts_split(grid, size):
     windows = cut_windows(grid, size)
     x = torch.randn(2, 1 + grid[0] * grid[1], 3, requires_grad=True)
     parts = windows.split(x)
-    assert parts.shape == (2 * windows.total, 1 + size[0] * size[1], 3)
+    assert parts.shape == (2 * windows.total(), 1 + size[0] * size[1], 3)
     whole = windows.merge(parts)
     torch.testing.assert_close(whole, x)
     whole.sum().backward()
