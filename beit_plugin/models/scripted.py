@@ -129,7 +129,10 @@ class ScriptedBeit(nn.Module):
         self.register_parameter('pos_embed', model.pos_embed)
         shared = model.rel_pos_bias
         self.rel_pos_bias = None if shared is None else _SharedBias(shared.relative_position_bias_table)
-        for kind, rule in (('table', model.rel_pos_resize), ('positions', 'positions')):
+        rules = {'table': model.rel_pos_resize}
+        if model.pos_embed is not None:
+            rules['positions'] = 'positions'
+        for kind, rule in rules.items():
             made = {side: _matrices(side, rule, model.cls_token.device) for side in set(model.window_size)}
             for axis, side in zip('yx', model.window_size, strict=True):  # a square program keeps them once
                 self.register_buffer(f'{kind}_to_{axis}', made[side], persistent=False)
