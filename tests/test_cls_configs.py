@@ -24,7 +24,7 @@ def test_there_are_recipes():
 def test_recipe(path):
     text = path.read_text()
     recipe = yaml.safe_load(text)
-    weights = f'{recipe["model"]}' if recipe.get('pretrained') else None
+    weights = recipe['model'] if recipe.get('pretrained') else None
     assert weights in timm.list_pretrained('beit*_plugin_*') or re.search(r'--pretrained-path FILE\n', text)
     assert ('beitv2' in path.stem) == recipe['model'].startswith('beitv2')
     gpus, batch, accumulated, total = re.search(

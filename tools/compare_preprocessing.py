@@ -52,17 +52,17 @@ def hosts(size: int) -> Iterator[tuple[str, str, Callable[[Path, Any], Any]]]:
     )  # fmt: skip
     yield 'timm', 'pil', lambda _, image: transform(image)
     init_default_scope('mmseg')
-    for backend, ours in (('pillow', 'pil'), ('cv2', 'pil')):
+    mean, std = ([255 * value for value in values] for values in scale.values())
+    preprocess = SegDataPreProcessor(mean=mean, std=std, bgr_to_rgb=True)
+    for backend, library in (('pillow', 'Pillow'), ('cv2', 'OpenCV')):
         resize = dict(type='Resize', scale=(size, size), keep_ratio=False, interpolation='bicubic', backend=backend)
         steps = Compose([dict(type='LoadImageFromFile', imdecode_backend=backend), resize, dict(type='PackSegInputs')])
-        mean, std = ([255 * value for value in values] for values in scale.values())
-        preprocess = SegDataPreProcessor(mean=mean, std=std, bgr_to_rgb=True)
 
-        def prepare(path: Path, _: Any, steps: Any = steps, preprocess: Any = preprocess) -> Any:
+        def prepare(path: Path, _: Any, steps: Any = steps) -> Any:
             found = steps(dict(img_path=str(path)))
             return preprocess(dict(inputs=[found['inputs']], data_samples=[found['data_samples']]))['inputs'][0]
 
-        yield f'mmsegmentation, {"Pillow" if backend == "pillow" else "OpenCV"}', ours, prepare
+        yield f'mmsegmentation, {library}', 'pil', prepare
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         raise DataError('transformers, one of the peers, is not installed: pip install transformers.')
     warnings.filterwarnings('ignore')  # of the peers, while they are imported
     import torch
-    from PIL import Image, ImageOps
+    from predict_models import read_image
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from tqdm import tqdm
 
@@ -82,22 +82,20 @@ def main() -> None:
     from beit_plugin import BeitImageProcessor
 
     std = torch.tensor(IMAGENET_DEFAULT_STD)[:, None, None]
+    scale: dict[str, Any] = dict(image_mean=IMAGENET_DEFAULT_MEAN, image_std=IMAGENET_DEFAULT_STD)
+    processors = {
+        backend: BeitImageProcessor(backend=backend, size=args.size, do_center_crop=False, **scale)
+        for backend in ('torch', 'pil')
+    }
     peers = list(hosts(args.size))
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name, *_ in peers}
     paths = [args.folder / name for name in files_below(args.folder, IMAGE_SUFFIXES)]
     for path in tqdm(paths, unit='image'):
         try:
-            with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert('RGB')
+            image = read_image(path)
         except UNREADABLE:
             continue
-        ours = {
-            backend: BeitImageProcessor(
-                backend=backend, size=args.size, do_center_crop=False, image_mean=IMAGENET_DEFAULT_MEAN,
-                image_std=IMAGENET_DEFAULT_STD,
-            )(image).pixel_values[0]
-            for backend in ('torch', 'pil')
-        }  # fmt: skip
+        ours = {backend: processor(image).pixel_values[0] for backend, processor in processors.items()}
         for name, backend, prepare in peers:
             levels = (255 * std * (ours[backend] - prepare(path, image))).abs()
             found[name].append((levels.max().item(), levels.mean().item(), (levels > 0.5).float().mean().item()))

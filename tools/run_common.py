@@ -316,9 +316,8 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
         cfg.model = cfg.tta_model
     runner = _start(cfg, counts)
     if is_file:
-        load_weights(
-            _inner(runner.model), Path(checkpoint)
-        )  # mmengine would accept a file that fits in part or not at all
+        # mmengine would accept a file that fits in part or not at all
+        load_weights(_inner(runner.model), Path(checkpoint))
     return runner.test()
 
 
