@@ -256,7 +256,8 @@ def _uniform(generator: AnyGenerator, *shape: int) -> np.ndarray:
     """Float64 in [0, 1)."""
     if isinstance(generator, np.random.Generator):
         return generator.random(shape)
-    return torch.rand(shape, dtype=torch.float64, generator=generator).numpy()
+    # the CPU by name, for the default may be another
+    return torch.rand(shape, dtype=torch.float64, generator=generator, device='cpu').numpy()
 
 
 def _check_call(num_images: int, generator: Any) -> None:

@@ -61,7 +61,8 @@ PEERS = {'transformers': 'transformers', 'mmsegmentation': 'mmseg', 'mmpretrain'
 MODELS = {
     'encoder': ['timm ViT, no bias (bound)', 'timm Beit', 'transformers', 'mmsegmentation'],
     'segmentor': ['ours, no bias (bound)', 'transformers', 'mmsegmentation'],
-    'mim': ['ours, no bias (bound)', 'transformers', 'mmpretrain'],
+    'pyramid': ['timm ViT, no bias (bound)', 'timm Beit', 'mmsegmentation'],
+    'mim': ['ours, no bias (bound)', 'timm Beit', 'transformers', 'mmpretrain'],
 }
 
 

@@ -26,18 +26,20 @@ EXAMPLES = """examples:
   python tools/benchmark.py attention --sizes 224:128 640x480:16 1536:2 --dtype bfloat16 float16
   python tools/benchmark.py encoder --sizes 224:128 640:16 --compile off default reduce-overhead
   python tools/benchmark.py encoder --variant large --sizes 512:16 --skip mmseg --seconds 2
+  python tools/benchmark.py pyramid --sizes 1024:4                                 as detectors train it
   python tools/benchmark.py segmentor --sizes 640:8 --only ours transformers
   python tools/benchmark.py evaluation --sizes 1024x2048:1 --backends auto         with mmsegmentation
   python tools/benchmark.py mim --backends auto
   python tools/benchmark.py encoder --variant tiny --sizes 224:2 --dtype float32   on a CPU
 """
 DEFAULT_SIZES = {
-    'attention': '224:128 640:16 1024:4', 'encoder': '224:128 640:16 1024:4', 'segmentor': '640:8', 'mim': '224:128',
-    'evaluation': '1024x2048:1',
+    'attention': '224:128 640:16 1024:4', 'encoder': '224:128 640:16 1024:4', 'pyramid': '1024:2 1024:8',
+    'segmentor': '640:8', 'mim': '224:128', 'evaluation': '1024x2048:1',
 }  # fmt: skip
 COMPILE = ('off', 'default', 'max-autotune', 'reduce-overhead')
 PEERS = {
-    'encoder': ('transformers', 'mmseg'), 'segmentor': ('transformers', 'mmseg'), 'mim': ('transformers', 'mmpretrain'),
+    'encoder': ('transformers', 'mmseg'), 'pyramid': ('mmseg',), 'segmentor': ('transformers', 'mmseg'),
+    'mim': ('transformers', 'mmpretrain'),
 }  # fmt: skip
 NAMES = {'forward': 'forward', 'train': 'training'}
 GRAPHS = ('max-autotune', 'reduce-overhead')  # of these, those that record CUDA graphs
@@ -180,6 +182,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     """All numbers, with what they were measured on; written after each row."""
     import benchmark_cases
     import benchmark_evaluation
+    import benchmark_mim
     import benchmark_models
     import benchmark_report
     import torch
@@ -190,8 +193,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     attention, evaluation = args.what == 'attention', args.what == 'evaluation'
-    module = benchmark_cases if attention else benchmark_evaluation if evaluation else benchmark_models
-    cases = getattr(module, f'{args.what}_cases')
+    modules = dict(attention=benchmark_cases, evaluation=benchmark_evaluation, mim=benchmark_mim)
+    cases = getattr(modules.get(args.what, benchmark_models), f'{args.what}_cases')
     results: dict[str, Any] = dict(
         date=str(date.today()), command=' '.join(sys.argv[1:]), hardware=benchmark_report.hardware(str(device)),
         versions=benchmark_report.versions(), ceilings={}, rows=[],

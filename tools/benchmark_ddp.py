@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Images per second of a segmentor's training on several GPUs: DistributedDataParallel, SyncBN, AdamW, random images.
+"""Images per second of training on several GPUs, of a segmentor or a masked image model: AdamW, DDP, SyncBN.
 
 Run it with 1, 2, 4 ... processes and compare the lines; every process has its own batch, as in tools/train.py.
 """
@@ -8,15 +8,19 @@ import argparse
 import os
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 from run_common import run
 
 EXAMPLES = """examples:
   torchrun --nproc_per_node 1 tools/benchmark_ddp.py
   torchrun --nproc_per_node 4 tools/benchmark_ddp.py --variant large --batch 4
+  torchrun --nproc_per_node 2 tools/benchmark_ddp.py --model mim
   torchrun --nproc_per_node 2 tools/benchmark_ddp.py --variant tiny --size 64 --batch 2 --steps 5      on a CPU
 """
-CLASSES = 150  # ADE20K
+CLASSES, VOCABULARY = 150, 8192  # ADE20K; DALL-E's tokens
+MASKED = 75 / 196  # of the patches: BEiT, arXiv:2106.08254, section 2.3
+SIZES = {'segmentor': (640, 8), 'mim': (224, 128)}  # pixels, images
 WARM_UP = 5  # steps
 
 
@@ -25,10 +29,13 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--variant', choices=['tiny', 'small', 'base', 'large'], default='base', help='(default: base)')
-    parser.add_argument('--size', type=int, default=640, metavar='PIXELS', help='(default: 640)')
-    parser.add_argument('--batch', type=int, default=8, metavar='N', help='images of each process (default: 8)')
+    parser.add_argument('--model', choices=list(SIZES), default='segmentor', help='(default: segmentor)')
+    parser.add_argument('--size', type=int, metavar='PIXELS', help='(default: segmentor 640, mim 224)')
+    parser.add_argument('--batch', type=int, metavar='N', help='images of each process (default: segmentor 8, mim 128)')
     parser.add_argument('--steps', type=int, default=30, metavar='N', help='to time, after 5 (default: 30)')
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.size, args.batch = args.size or SIZES[args.model][0], args.batch or SIZES[args.model][1]
+    return args
 
 
 def main() -> None:
@@ -36,7 +43,9 @@ def main() -> None:
     import torch
     from torch import distributed, nn
 
+    from beit_plugin.masking import RandomMasking
     from beit_plugin.models.beit import VARIANTS
+    from beit_plugin.models.mim import BeitForMaskedImageModeling
     from beit_plugin.models.segmentor import build_segmentor
     from beit_plugin.models.sync_norm import SyncBatchNorm
 
@@ -46,11 +55,20 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
+    options: dict[str, Any] = dict(img_size=(args.size, args.size), **VARIANTS[args.variant])
+    model: nn.Module
     with device:
-        model = build_segmentor(CLASSES, img_size=(args.size, args.size), **VARIANTS[args.variant])
-        x = torch.randn(args.batch, 3, args.size, args.size)
-        y = torch.randint(CLASSES, (args.batch, args.size, args.size))
-    train: nn.Module = model
+        inputs = [torch.randn(args.batch, 3, args.size, args.size)]
+        if args.model == 'segmentor':
+            model = build_segmentor(CLASSES, **options)
+            inputs.append(torch.randint(CLASSES, (args.batch, args.size, args.size)))
+        else:
+            model = BeitForMaskedImageModeling(vocab_size=VOCABULARY, **options)
+            grid = args.size // 16
+            masking = RandomMasking(grid, round(MASKED * grid**2))
+            masks = masking(args.batch, torch.Generator().manual_seed(rank)).to(device)
+            inputs += [masks, torch.randint(VOCABULARY, (int(masks.sum()),))]
+    train = model
     if world > 1:
         distributed.init_process_group('nccl' if cuda else 'gloo')
         for parent in list(model.modules()):
@@ -66,7 +84,7 @@ def main() -> None:
     for _ in range(WARM_UP + args.steps):
         start = perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
-            loss = train(x, y)[0]
+            loss = train(*inputs)[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -78,7 +96,7 @@ def main() -> None:
         memory = f', peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
         name = torch.cuda.get_device_name() if cuda else 'CPU'
         print(
-            f'{world} x {name}, BEiT-{args.variant} + UPerNet, {args.size} px, {args.batch} images each: '
+            f'{world} x {name}, BEiT-{args.variant} {args.model}, {args.size} px, {args.batch} images each: '
             f'{1e3 * step:.1f} ms a step, {world * args.batch / step:.1f} images/s{memory}'
         )
     if world > 1:

@@ -1,4 +1,4 @@
-"""Whole models that tools/benchmark.py measures: encoders, segmentors and masked image models, ours and the peers'.
+"""Whole models that tools/benchmark.py measures: encoders, with pyramids and segmentors, ours and the peers'.
 
 All have random weights, random bias tables, no stochastic depth and no optimiser. Peers run as their libraries make
 them; those that are not installed are left out. Legend: B batch, H W pixels, h w grid, N tokens, C channels.
@@ -29,16 +29,21 @@ class Called(nn.Module):
         return self.call(self.model, *args)
 
 
-def _sizes(s: Setting) -> dict[str, Any]:
+def sizes(s: Setting) -> dict[str, Any]:
     from beit_plugin.models.beit import VARIANTS
 
     return dict(img_size=(s.height, s.width), **VARIANTS[s.variant])
 
 
-def _hf_config(s: Setting, **options: Any) -> Any:
+def masked_patches(s: Setting) -> int:
+    """Of one image."""
+    return max(1, round(MASKED * s.grid[0] * s.grid[1]))
+
+
+def hf_config(s: Setting, **options: Any) -> Any:
     from transformers import BeitConfig
 
-    size = _sizes(s)
+    size = sizes(s)
     # a square size as one number: the form of the published configurations
     image_size = s.height if s.height == s.width else (s.height, s.width)
     return BeitConfig(
@@ -48,8 +53,8 @@ def _hf_config(s: Setting, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def _mm_sizes(s: Setting) -> dict[str, Any]:
-    size = _sizes(s)
+def mm_sizes(s: Setting) -> dict[str, Any]:
+    size = sizes(s)
     return dict(embed_dims=size['embed_dim'], num_layers=size['depth'], num_heads=size['num_heads'])
 
 
@@ -59,8 +64,8 @@ def import_mm() -> None:
 
 def _mmseg_backbone(s: Setting, out_indices: tuple[int, ...]) -> dict[str, Any]:
     return dict(
-        type='BEiT', img_size=(s.height, s.width), out_indices=out_indices, init_values=_sizes(s)['init_values'],
-        norm_cfg=dict(type='LN', eps=1e-6), drop_path_rate=0.0, **_mm_sizes(s),
+        type='BEiT', img_size=(s.height, s.width), out_indices=out_indices, init_values=sizes(s)['init_values'],
+        norm_cfg=dict(type='LN', eps=1e-6), drop_path_rate=0.0, **mm_sizes(s),
     )  # fmt: skip
 
 
@@ -74,7 +79,7 @@ def randomize_tables(model: nn.Module) -> None:
 
 def mmseg_segmentor(s: Setting) -> dict[str, Any]:
     """Configuration of mmsegmentation's upernet_beit.py, whole images, for ADE20K's classes."""
-    size = _sizes(s)
+    size = sizes(s)
     dim, blocks = size['embed_dim'], BLOCKS[size['depth'] == 24]
     norm_cfg = dict(type='BN', requires_grad=True)  # SyncBN of one process is this
     head = dict(num_classes=CLASSES, dropout_ratio=0.1, norm_cfg=norm_cfg, align_corners=False)
@@ -122,41 +127,93 @@ def model_case(
     return Case(model, lambda call: run(call, *args), train, list(model.parameters()))
 
 
+def _timm_vit(s: Setting) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(num_classes=0, global_pool='', **sizes(s))
+
+
+def _timm_beit(s: Setting) -> nn.Module:
+    from timm.models.beit import Beit
+
+    return Beit(num_classes=0, global_pool='', use_abs_pos_emb=False, use_rel_pos_bias=True, **sizes(s))
+
+
 def encoder_cases(s: Setting) -> Makers:
     """Images to all tokens after the last block."""
 
     def ours(backend: str) -> nn.Module:
         from beit_plugin import Beit
 
-        return Beit(num_classes=0, global_pool='', attn_backend=backend, **_sizes(s))  # type: ignore[arg-type]
-
-    def timm_vit() -> nn.Module:
-        from timm.models.vision_transformer import VisionTransformer
-
-        return VisionTransformer(num_classes=0, global_pool='', **_sizes(s))
-
-    def timm_beit() -> nn.Module:
-        from timm.models.beit import Beit
-
-        return Beit(num_classes=0, global_pool='', use_abs_pos_emb=False, use_rel_pos_bias=True, **_sizes(s))
+        return Beit(num_classes=0, global_pool='', attn_backend=backend, **sizes(s))  # type: ignore[arg-type]
 
     def transformers() -> nn.Module:
         from transformers import BeitModel
 
-        config = _hf_config(s, use_relative_position_bias=True, use_mean_pooling=False)
+        config = hf_config(s, use_relative_position_bias=True, use_mean_pooling=False)
         return Called(BeitModel(config, add_pooling_layer=False), lambda m, x: m(x).last_hidden_state)
 
     def mmseg() -> nn.Module:
         import_mm()
         from mmseg.registry import MODELS
 
-        return Called(MODELS.build(_mmseg_backbone(s, (_sizes(s)['depth'] - 1,))), lambda m, x: m(x)[-1])
+        return Called(MODELS.build(_mmseg_backbone(s, (sizes(s)['depth'] - 1,))), lambda m, x: m(x)[-1])
 
-    models = {'timm ViT, no bias (bound)': timm_vit, 'timm Beit': timm_beit}
+    models = {'timm ViT, no bias (bound)': lambda: _timm_vit(s), 'timm Beit': lambda: _timm_beit(s)}
     models |= {'transformers': transformers} if find_spec('transformers') else {}
     models |= {'mmsegmentation': mmseg} if find_spec('mmseg') else {}
     models |= {f'ours, {backend}': (lambda b=backend: ours(b)) for backend in s.backends}
     return {name: (lambda make=make: model_case(make, s)) for name, make in models.items()}
+
+
+def pyramid_cases(s: Setting) -> Makers:
+    """Images to four levels of strides 4 to 32, as a detector reads them; the loss is the sum of their means.
+
+    timm's encoders get our pyramid, mmsegmentation's its own. All attention is global.
+    """
+    size = sizes(s)
+    blocks = list(BLOCKS[size['depth'] == 24])
+
+    def case(make: Callable[[], nn.Module], levels: Callable[[nn.Module, Tensor], Any]) -> Case:
+        def call(model: nn.Module, x: Tensor, loss: bool = False) -> Any:
+            maps = levels(model, x)
+            return sum(level.float().mean() for level in maps) if loss else maps
+
+        return model_case(lambda: Called(make(), call), s, targets=(True,))
+
+    def timm(encoder: Callable[[Setting], nn.Module]) -> Case:
+        from beit_plugin.models.pyramid import FeaturePyramid
+
+        def levels(model: nn.Module, x: Tensor) -> Any:
+            maps = model['encoder'].forward_intermediates(x, indices=blocks, intermediates_only=True)  # type: ignore[index, operator]
+            return model['pyramid'](maps)  # type: ignore[index, operator]
+
+        return case(lambda: nn.ModuleDict(dict(encoder=encoder(s), pyramid=FeaturePyramid(size['embed_dim']))), levels)
+
+    def mmseg() -> Case:
+        import_mm()
+        from mmseg.registry import MODELS
+
+        neck = dict(type='Feature2Pyramid', embed_dim=size['embed_dim'], norm_cfg=dict(type='BN'))
+        return case(
+            lambda: nn.Sequential(MODELS.build(_mmseg_backbone(s, tuple(blocks))), MODELS.build(neck)),
+            lambda m, x: m(x),
+        )
+
+    def ours(backend: str) -> Case:
+        from beit_plugin.models.backbone import BeitBackbone
+
+        return case(
+            lambda: BeitBackbone(out_indices=blocks, add_fpn=True, attn_backend=backend, **size),  # type: ignore[arg-type]
+            lambda m, x: m(x),
+        )
+
+    makers: Makers = {
+        'timm ViT, no bias (bound)': lambda: timm(_timm_vit),
+        'timm Beit': lambda: timm(_timm_beit),
+    }
+    makers |= {'mmsegmentation': mmseg} if find_spec('mmseg') else {}
+    return makers | {f'ours, {backend}': (lambda b=backend: ours(b)) for backend in s.backends}
 
 
 def segmentor_cases(s: Setting) -> Makers:
@@ -165,7 +222,7 @@ def segmentor_cases(s: Setting) -> Makers:
     The peers are transformers' BeitForSemanticSegmentation, whose inference runs the auxiliary head too, and
     mmsegmentation's upernet_beit.py, whose loss also counts its accuracy. The bound is ours without a bias.
     """
-    size = _sizes(s)
+    size = sizes(s)
     blocks = BLOCKS[size['depth'] == 24]
     labels = torch.randint(CLASSES, (s.batch, s.height, s.width), device=s.device)
 
@@ -183,7 +240,7 @@ def segmentor_cases(s: Setting) -> Makers:
         def call(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
             return model(x).logits if y is None else model(x, labels=y).loss
 
-        config = _hf_config(s, use_relative_position_bias=True, num_labels=CLASSES, out_indices=list(blocks))
+        config = hf_config(s, use_relative_position_bias=True, num_labels=CLASSES, out_indices=list(blocks))
         return model_case(lambda: Called(BeitForSemanticSegmentation(config), call), s, targets=(labels,))
 
     def mmseg() -> Case:
@@ -208,63 +265,6 @@ def segmentor_cases(s: Setting) -> Makers:
     return makers | {f'ours, {backend}': (lambda b=backend: ours(attn_backend=b)) for backend in s.backends}
 
 
-def mim_cases(s: Setting) -> Makers:
-    """Images and a mask to the loss of the visual tokens of 75 of 196 patches, one bias for all layers.
-
-    transformers runs its head on all patches. mmpretrain's model is called at its backbone and its head, because the
-    target would else be computed from a tokenizer. The bound is ours without a bias.
-    """
-    h, w = s.grid
-    count = max(1, round(MASKED * h * w))
-    chosen = torch.rand(s.batch, h * w, device=s.device).argsort(1)[:, :count]
-    mask = torch.zeros(s.batch, h * w, dtype=torch.bool, device=s.device).scatter_(1, chosen, True)
-    labels = torch.randint(VOCABULARY, (s.batch * count,), device=s.device)  # M
-    targets = (mask, labels)
-
-    def case(make: Callable[[], nn.Module], call: Callable[..., Tensor]) -> Case:
-        return model_case(lambda: Called(make(), call), s, targets, targets)
-
-    def ours(**options: Any) -> Case:
-        from beit_plugin.models.mim import BeitForMaskedImageModeling
-
-        options = dict(vocab_size=VOCABULARY, **options, **_sizes(s))
-        return case(lambda: BeitForMaskedImageModeling(**options), lambda m, x, *y: m(x, *y).loss)
-
-    def transformers() -> Case:
-        from transformers import BeitForMaskedImageModeling
-
-        config = _hf_config(s, use_mask_token=True, use_shared_relative_position_bias=True, vocab_size=VOCABULARY)
-        return case(
-            lambda: BeitForMaskedImageModeling(config), lambda m, x, y, z: m(x, bool_masked_pos=y, labels=z).loss
-        )
-
-    def mmpretrain() -> Case:
-        import_mm()
-        from mmpretrain.registry import MODELS
-
-        size, sizes = _sizes(s), _mm_sizes(s)
-        arch = dict(sizes, feedforward_channels=4 * size['embed_dim'])
-        backbone = dict(
-            type='BEiTPretrainViT', arch=arch, img_size=(s.height, s.width), drop_path_rate=0.0, final_norm=True,
-            out_type='raw', layer_scale_init_value=size['init_values'],
-        )  # fmt: skip
-        head = dict(
-            type='BEiTV1Head', embed_dims=size['embed_dim'], num_embed=VOCABULARY, loss=dict(type='CrossEntropyLoss')
-        )
-
-        def call(model: nn.Module, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-            features = model['backbone'](x, y)[0][:, 1:]  # type: ignore[index]
-            head = model['head']  # type: ignore[index]
-            return head.loss_module(head.cls_head(features[y]), z)
-
-        return case(lambda: nn.ModuleDict(dict(backbone=MODELS.build(backbone), head=MODELS.build(head))), call)
-
-    makers: Makers = {'ours, no bias (bound)': lambda: ours(use_shared_rel_pos_bias=False, attn_backend='sdpa')}
-    makers |= {'transformers': transformers} if find_spec('transformers') else {}
-    makers |= {'mmpretrain': mmpretrain} if find_spec('mmpretrain') else {}
-    return makers | {f'ours, {backend}': (lambda b=backend: ours(attn_backend=b)) for backend in s.backends}
-
-
 def model_flops(what: str, s: Setting, training: bool) -> float:
     """Matrix products and convolutions of our model, the same for all rows of a size.
 
@@ -274,12 +274,18 @@ def model_flops(what: str, s: Setting, training: bool) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from beit_plugin import Beit
+    from beit_plugin.models.backbone import BeitBackbone
     from beit_plugin.models.segmentor import build_segmentor
 
     # in the mode of inference, because a batch of one image has no statistics
-    options: dict[str, Any] = dict(use_rel_pos_bias=False, attn_backend='eager', device='meta', **_sizes(s))
+    options: dict[str, Any] = dict(use_rel_pos_bias=False, attn_backend='eager', device='meta', **sizes(s))
     x = torch.empty(1, 3, s.height, s.width, device='meta')
-    if what == 'segmentor':
+    if what == 'pyramid':
+        backbone = BeitBackbone(add_fpn=True, **options).eval()
+
+        def run() -> Tensor:
+            return torch.stack([level.mean() for level in backbone(x)]).sum()
+    elif what == 'segmentor':
         segmentor = build_segmentor(CLASSES, **options).eval()
 
         def run() -> Tensor:
@@ -300,6 +306,5 @@ def model_flops(what: str, s: Setting, training: bool) -> float:
             out.backward()
     flops = float(counter.get_total_flops())
     if what == 'mim':
-        count = max(1, round(MASKED * s.grid[0] * s.grid[1]))
-        flops += 2.0 * count * _sizes(s)['embed_dim'] * VOCABULARY * (3 if training else 1)
+        flops += 2.0 * masked_patches(s) * sizes(s)['embed_dim'] * VOCABULARY * (3 if training else 1)
     return flops * s.batch

@@ -102,6 +102,8 @@ class BEiTBackbone(BeitBackbone):
         ValueError: an option that BEiT does not have, or options that exclude each other.
     """
 
+    depth_scaled = False
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -203,16 +205,13 @@ class BEiTBackbone(BeitBackbone):
         """Initialises, and loads the checkpoint of ``pretrained`` or ``init_cfg`` if there is one.
 
         A fresh backbone is drawn as mmsegmentation's ``BEiT``, which differs from the paper's: output projections are
-        not made smaller with the depth, and the patch embedding is larger.
+        not made smaller with the depth (``depth_scaled``), and the patch embedding is larger.
 
         Raises:
             CheckpointError: the checkpoint lacks a parameter of this backbone or has one that no part of BEiT owns.
             ValueError: an ``init_cfg`` of type 'Pretrained' without a checkpoint or with an unknown key.
         """
         super().init_weights(needs_reset)
-        for block in cast(list[Block], self.blocks):
-            self._draw(block.attn.proj.weight)
-            self._draw(block.mlp.fc2.weight)
         nn.init.kaiming_normal_(self.patch_embed.proj.weight, nonlinearity='relu')
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)

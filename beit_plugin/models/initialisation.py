@@ -26,6 +26,9 @@ class OfficialInitialisation(nn.Module):
     init_std: float
     head_init_scale: float
 
+    depth_scaled = True
+    """Whether the output projections of block i, from 1, start smaller by the square root of 2 i."""
+
     def init_weights(self, needs_reset: bool = True) -> None:
         """Official initialisation: truncated normal, depth-scaled output projections, zero bias tables.
 
@@ -60,5 +63,6 @@ class OfficialInitialisation(nn.Module):
             for gamma in (block.gamma_1, block.gamma_2):
                 if needs_reset and gamma is not None:
                     gamma.fill_(block.init_values or 0.0)
-            block.attn.proj.weight.div_((2.0 * i) ** 0.5)
-            block.mlp.fc2.weight.div_((2.0 * i) ** 0.5)
+            if self.depth_scaled:
+                block.attn.proj.weight.div_((2.0 * i) ** 0.5)
+                block.mlp.fc2.weight.div_((2.0 * i) ** 0.5)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import relative_error
 from torch.nn import functional as F
 
 from beit_plugin.kernels import cross_entropy_ops as ops
@@ -62,7 +61,9 @@ def check(case, dtype, memory_format, align_corners, weighted, tolerance):
     assert abs(total.double() - expected) <= 2e-6 * (expected + 3 * labels.numel())
     assert abs(right - expected_right) <= 2e-6 * labels.numel()  # two logits may be alike in float32
     assert grad.dtype == dtype and grad.stride() == logits.stride()
-    assert relative_error(grad.double(), expected_grad) <= tolerance
+    # and so is the exponent of a probability: near 1, what is left to the label is as exact as the logits
+    error = (grad.double() - expected_grad).abs().max()
+    assert error <= tolerance * expected_grad.abs().max() + 0.3 * 1e-6
 
 
 @pytest.mark.parametrize('weighted', [False, True])
