@@ -7,6 +7,7 @@ Legend: B batch, N tokens, K heads, D head dim, h w grid, R rows of the table, P
 """
 
 from functools import cache
+from math import lcm
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,6 @@ HEAD_DIMS = range(16, 129, 16)
 MIN_PROGRAMS = 264  # two for each multiprocessor of an H200: with fewer blocks the batch is split among more programs
 HOPPER_MEMORY = 227 * 1024  # bytes of shared memory that a program may have on an H100 or H200
 LARGEST_BLOCK = 128  # tokens; what the kernels read of all tokens is padded to a multiple of it
-MAX_WIDTH = 1290  # to this the division of w * w numbers by a multiplication is exact
 ROW_ALIGNMENT = 64  # elements to which rows of the gradient of the bias are padded
 
 
@@ -102,11 +102,6 @@ def _packed(qkv: Tensor) -> Tensor:
     return qkv if dense and qkv.shape[1] * qkv.stride(1) <= MAX_INT32 else qkv.contiguous()
 
 
-def _magic(w: int) -> int:
-    """2**31 / w rounded up, to divide by w with a multiplication; a little less for w = 1, which divides only 0."""
-    return min(ceil_div(2**31, w), MAX_INT32)
-
-
 @cache
 def _launcher(kind: str, head_dim: int, prefix: int, pair: bool, memory: int) -> tuple[Launcher, Blocks]:
     """Of one of the kernels on the matrix units."""
@@ -152,11 +147,43 @@ def lengthen_table(table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, 
     return places, offsets
 
 
-def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sums the gradient of the bias to that of the table.
+class Folding(NamedTuple):
+    """How much of the gradient of the bias is kept; ``grad_bias_kernel`` says how.
 
     Args:
-        grad_bias: (splits, K, N, N padded), tokens in the order of the kernels: [CLS] last.
+        period: patches, a multiple of the sides of a tile; of the grid's width too, or no less than all.
+        columns: of the rows that are kept whole, padded.
+        size: elements of one head.
+        tiles: of one head that are kept.
+    """
+
+    period: int
+    columns: int
+    size: int
+    tiles: int
+
+
+def fold(patches: int, w: int, block_m: int, block_n: int) -> Folding:
+    """The folding of the patches of a grid of width w in tiles of block_m x block_n."""
+    both = lcm(block_m, block_n)
+    # a period beyond all patches: no tile has the bias of another
+    period = min(lcm(w, both), ceil_div(patches, both) * both)
+    columns = ceil_div(patches, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    tiles_m, tiles_n = ceil_div(patches, block_m), ceil_div(patches, block_n)
+    beyond_m, beyond_n = max(0, tiles_m - period // block_m), max(0, tiles_n - period // block_n)
+    size = min(period, patches) * columns + max(0, patches - period) * period
+    return Folding(period, columns, size, tiles_m * tiles_n - beyond_m * beyond_n)
+
+
+def reduce_to_table(
+    folded: Tensor, cls: Tensor, folding: Folding, h: int, w: int, prefix: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Sums the folded gradient of the bias to that of the table.
+
+    Args:
+        folded: (splits, K, size): of the pairs of patches, see ``grad_bias_kernel``.
+        cls: (K, any number, 2) float32: of the pairs with [CLS] as the key, see ``grad_q_kernel``.
+        folding: as they were folded.
         h, w: grid.
         prefix: 1 with [CLS], 0 without.
         dtype: of the result.
@@ -164,28 +191,18 @@ def reduce_to_table(grad_bias: Tensor, h: int, w: int, prefix: int, dtype: torch
     Returns:
         (R, K).
     """
-    splits, K, N, _ = grad_bias.shape
+    splits, K, size = folded.shape
     width = 2 * w - 1
-    strides = grad_bias.stride()[:3]
-    sums = torch.empty(K, 2 * h - 1, w, w, dtype=torch.float32, device=grad_bias.device)
-    vector = min(8, w & -w)  # the largest power of 2 that divides w
-    block_j = min(1024, power_of_2(w * w))
-    block_y = min(4, power_of_2(h))
-    _small_launcher('band_sums_kernel', BLOCK_Y=block_y, BLOCK_J=block_j, VECTOR=vector)(
-        (2 * h - 1, ceil_div(w * w, block_j), K), grad_bias, sums, splits, w, _magic(w), h, *strides
-    )
-    grad_table = torch.empty((2 * h - 1) * width + 3, K, dtype=dtype, device=grad_bias.device)
+    grad_table = torch.empty((2 * h - 1) * width + 3, K, dtype=dtype, device=folded.device)
     block_o = min(128, power_of_2(width))
-    block_x = min(16, power_of_2(w))
-    _small_launcher('table_sums_kernel', P=prefix, BLOCK_X=block_x, BLOCK_O=block_o, BLOCK_N=256)(
-        (2 * h, ceil_div(width, block_o), K), sums, grad_bias, grad_table, splits, N, K, w, h, *strides
-    )
+    _small_launcher('table_sums_kernel', P=prefix, BLOCK_R=32, BLOCK_O=block_o, BLOCK=256)(
+        (2 * h, ceil_div(width, block_o), K),
+        folded, cls, grad_table, splits, cls.shape[1], K, h, w, size, folding.columns, folding.period,
+    )  # fmt: skip
     return grad_table
 
 
 def _run_forward(qkv: Tensor, table: Tensor, h: int, w: int, prefix: int) -> tuple[Tensor, Tensor]:
-    if w > MAX_WIDTH:  # not in attend: there it would bind a size that an export leaves open
-        raise ValueError(f'expected a grid of a width up to {MAX_WIDTH}, got {h}x{w}')
     qkv = _packed(qkv)
     B, N, K, D = _shapes(qkv)
     out = torch.empty(B, N, K, D, dtype=qkv.dtype, device=qkv.device)
@@ -231,27 +248,25 @@ def _run_backward(
         places, offsets = lengthen_table(table, h, w, prefix)
         sizes = (N, K, num_places(h, w), offsets.shape[1], *qkv.stride()[:2])
         launch, blocks = _launcher('grad_q', *form)
-        launch(
-            (ceil_div(N, blocks.BLOCK_M), K, B),
-            qkv, places, offsets, out, grad, lse, stats, grad_qkv, scale, *sizes,
-        )  # fmt: skip
+        tiles = ceil_div(N, blocks.BLOCK_M)
+        cls = torch.empty(K, B * tiles, 2, dtype=torch.float32, device=qkv.device)
+        launch((tiles, K, B), qkv, places, offsets, out, grad, lse, stats, grad_qkv, cls, scale, *sizes)
         launch, blocks = _launcher('grad_kv', *form)
         launch((ceil_div(N, blocks.BLOCK_N), K, B), qkv, places, offsets, grad, stats, grad_qkv, scale, *sizes)
         if not wants_table:
             return grad_qkv, table.new_empty(0)
         launch, blocks = _launcher('grad_bias', *form)
-        tiles = ceil_div(N, blocks.BLOCK_N), ceil_div(N, blocks.BLOCK_M)
-        splits = max(1, min(B, MIN_PROGRAMS // (tiles[0] * tiles[1] * K)))
-        per_split = max(1, ceil_div(B, splits))
-        splits = max(1, ceil_div(B, per_split))
-        columns = ceil_div(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
-        kept = qkv.dtype if splits == 1 else torch.float32
-        grad_bias = torch.empty(splits, K, N, columns, dtype=kept, device=qkv.device)
+        folding = fold(h * w, w, blocks.BLOCK_M, blocks.BLOCK_N)
+        splits = max(1, min(B, MIN_PROGRAMS // (folding.tiles * K)))
+        # sums of many tiles are few, and are kept in full
+        kept = qkv.dtype if splits == 1 and folding.period >= h * w else torch.float32
+        folded = torch.empty(splits, K, folding.size, dtype=kept, device=qkv.device)
         launch(
-            (*tiles, K * splits),
-            qkv, places, offsets, grad, stats, grad_bias, scale, B, *sizes, *grad_bias.stride()[:3], per_split,
+            (folding.tiles, K * splits, 1),
+            qkv, places, offsets, grad, stats, folded, scale, B, *sizes,
+            folding.size, folding.columns, folding.period, splits,
         )  # fmt: skip
-        return grad_qkv, reduce_to_table(grad_bias, h, w, prefix, table.dtype)
+        return grad_qkv, reduce_to_table(folded, cls, folding, h, w, prefix, table.dtype)
 
 
 _backward = torch.library.custom_op('beit_plugin::rel_pos_attention_backward', _run_backward, mutates_args=())

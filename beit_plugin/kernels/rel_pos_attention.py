@@ -3,8 +3,8 @@
 softmax(scale * q k^T + bias) v, where the bias of head K for query m and key n is one row of a table
 (``models/relative_position.py``). Online softmax as FlashAttention-2 (arXiv:2307.08691). What is added: the bias is
 never laid out for pairs of tokens, each score fetches its own from the table, which stays in the first cache; and the
-gradient of the bias is summed over the batch in registers and then along the diagonals, without atomics: the same
-inputs give the same bits.
+gradient of the bias is summed over the batch and along the diagonals in registers, without atomics: the same inputs
+give the same bits.
 
 Order: here a token's number counts the patches row by row and then [CLS], so that two neighbours from an even number on
 are in the same row of an even grid. A block of tokens beyond the last one reads [CLS] or the first patch again.
@@ -233,6 +233,19 @@ def forward_kernel(
     tl.store(lse + (b * K + head) * N + m, highest + tl.log2(total), mask=m < N)
 
 
+@triton.jit
+def _store_cls(at, key, q, do, at_bias, normal, subtract, scale, m, N, K, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Sums of the gradient of the bias of queries m with the key [CLS], which memory has first: see grad_q_kernel."""
+    d = tl.arange(0, BLOCK_D)
+    k = tl.load(key + d, mask=d < D, other=0.0).to(tl.float32)
+    v = tl.load(key + K * D + d, mask=d < D, other=0.0).to(tl.float32)
+    scores = tl.sum(q.to(tl.float32) * k[None, :], 1) * (scale * LOG2E) + tl.load(at_bias)
+    grad_weights = tl.sum(do.to(tl.float32) * v[None, :], 1)
+    grad_scores = tl.exp2(scores - normal) * (grad_weights - subtract)
+    tl.store(at, tl.sum(tl.where(m < N - 1, grad_scores, 0.0), 0))
+    tl.store(at + 1, tl.sum(tl.where(m == N - 1, grad_scores, 0.0), 0))
+
+
 @triton.jit(do_not_specialize=['N', 'S', 'V'])
 def grad_q_kernel(
     qkv,  # B, N, 3, K, D
@@ -243,6 +256,7 @@ def grad_q_kernel(
     lse,  # B, K, N
     stats,  # B, K, V, 2: written, lse and the sum over D of out * grad, which the gradient of a softmax subtracts
     grad_qkv,  # B, N, 3, K, D contiguous; the part of q is written
+    cls,  # K, B, query blocks, 2: written, sums of the gradient of the bias of the key [CLS]: of patches, and of [CLS]
     scale,
     N,
     K,
@@ -275,6 +289,10 @@ def grad_q_kernel(
     tl.store(at_stats + 1, subtract)
     places += head * 14 * S
     query = tl.load(offsets + V + m)
+    if P:
+        at_cls = cls + ((head * tl.num_programs(2) + b) * tl.num_programs(0) + tl.program_id(0)) * 2
+        at_bias = places + (query - tl.load(offsets + N - 1)) // FLOAT_BYTES
+        _store_cls(at_cls, base + K * D, q, do, at_bias, normal, subtract, scale, m, N, K, D, BLOCK_D)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -344,14 +362,21 @@ def grad_kv_kernel(
     _store_rows(at + 2 * K * D, n, 3 * K * D, grad_v, N, P, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=['B', 'N', 'S', 'V', 'per_split'])
+@triton.jit
+def _folded_rows(m, columns, period):
+    """Where rows of the folded gradient of the bias begin."""
+    m = m.to(tl.int64)
+    return tl.where(m < period, m * columns, period.to(tl.int64) * columns + (m - period) * period)
+
+
+@triton.jit(do_not_specialize=['B', 'N', 'S', 'V', 'splits'])
 def grad_bias_kernel(
     qkv,  # B, N, 3, K, D
     places,  # 2, K, 7*S, 2
     offsets,  # 2, V
     grad,  # B, N, K, D
     stats,  # B, K, V, 2
-    grad_bias,  # splits of the batch, K, N, N padded
+    folded,  # splits, K, stride_head: see below
     scale,
     B,
     N,
@@ -360,10 +385,10 @@ def grad_bias_kernel(
     V,
     stride_b,
     stride_n,
-    stride_split,
     stride_head,
-    stride_row,
-    per_split,
+    columns,  # patches, padded
+    period,
+    splits,
     P: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -372,20 +397,40 @@ def grad_bias_kernel(
     PAIR: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
-    """The gradient of one block of the bias, summed over the images. Grid: (key blocks, query blocks, K * splits)."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = tl.program_id(2) % K
-    split = (tl.program_id(2) // K).to(tl.int64)
-    first = split * per_split
-    bias = _bias_by_key(places + head * 14 * S, tl.load(offsets + V + m), offsets, n, PAIR, DIRECT)
+    """The gradient of one tile of the bias of patches, summed over the images and over all tiles with the same bias.
+
+    Pairs of patches have the same bias if both are moved by the same number of whole rows of the grid. ``period`` is a
+    multiple of the width and of both sides of a tile, so a tile moved by periods along the diagonal is a tile again.
+    Only the first of each diagonal is kept: of the bias of M = h*w patches with each other its first ``period`` rows,
+    (period, columns), and behind them the first ``period`` columns of the other rows, (M - period, period). A period of
+    M or more keeps all.
+
+    Grid: (tiles that are kept, K * splits). ``splits`` programs share the tiles of a diagonal and their images.
+    """
+    tile = tl.program_id(0)
+    head = tl.program_id(1) % K
+    split = tl.program_id(1) // K
+    patches = N - P
+    tiles_m, tiles_n = tl.cdiv(patches, BLOCK_M), tl.cdiv(patches, BLOCK_N)
+    period_m, period_n = period // BLOCK_M, period // BLOCK_N
+    below = tile - period_m * tiles_n
+    row = tl.where(below < 0, tile // tiles_n, period_m + below // period_n)
+    column = tl.where(below < 0, tile % tiles_n, below % period_n)
+    moves = tl.minimum((tiles_m - 1 - row) // period_m, (tiles_n - 1 - column) // period_n)
+    each = tl.cdiv((moves + 1) * B, splits)
+    first_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias = _bias_by_key(places + head * 14 * S, tl.load(offsets + V + first_m), offsets, first_n, PAIR, DIRECT)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i in range(0, tl.minimum(per_split, B - first)):
-        b = first + i
+    for i in range(split * each, tl.minimum((split + 1) * each, (moves + 1) * B)):
+        b = (i % B).to(tl.int64)
+        m = first_m + i // B * period
+        n = first_n + i // B * period
         base = qkv + b * stride_b + head * D
         at_stats = stats + ((b * K + head) * V + m) * 2
-        normal = tl.load(at_stats, mask=m < N, other=float('inf'))
-        subtract = tl.load(at_stats + 1, mask=m < N, other=0.0)
+        # [CLS] and padding as queries get the weight exp2(-inf) = 0; as keys they are left out below
+        normal = tl.load(at_stats, mask=m < patches, other=float('inf'))
+        subtract = tl.load(at_stats + 1, mask=m < patches, other=0.0)
         q = _rows(base, m, stride_n, N, P, D, BLOCK_D)
         k = _rows(base + K * D, n, stride_n, N, P, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision='ieee') * (scale * LOG2E) + bias
@@ -393,103 +438,67 @@ def grad_bias_kernel(
         do = _rows(grad + b * N * K * D + head * D, m, K * D, N, P, D, BLOCK_D)
         v = _rows(base + 2 * K * D, n, stride_n, N, P, D, BLOCK_D)
         grad_weights = tl.dot(do, tl.trans(v), input_precision='ieee')
-        acc += weights * (grad_weights - subtract[:, None])
-    at = grad_bias + split * stride_split + head.to(tl.int64) * stride_head
-    at += m[:, None].to(tl.int64) * stride_row + n[None, :]
-    tl.store(at, acc.to(grad_bias.dtype.element_ty), mask=(m[:, None] < N) & (n[None, :] < N))
+        acc += tl.where(n[None, :] < patches, weights * (grad_weights - subtract[:, None]), 0.0)
+    at = folded + (split * K + head).to(tl.int64) * stride_head
+    at += _folded_rows(first_m, columns, period)[:, None] + first_n[None, :]
+    tl.store(at, acc.to(folded.dtype.element_ty), mask=(first_m[:, None] < patches) & (first_n[None, :] < patches))
 
 
-@triton.jit(do_not_specialize=['splits', 'w', 'magic', 'h'])
-def band_sums_kernel(
-    grad_bias,  # splits, K, N, N padded
-    sums,  # K, 2*h - 1, w, w: for each vertical offset, column of queries, column of keys
-    splits,
-    w,
-    magic,
-    h,
-    stride_split,
-    stride_head,
-    stride_row,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_J: tl.constexpr,
-    VECTOR: tl.constexpr,  # divides w
-):
-    """Sums the w x w blocks that are equally far from the diagonal. Grid: (2*h - 1, blocks of w * w, K).
-
-    ``magic`` is 2**31 / w rounded up, for a division by multiplication.
-    """
-    dy = tl.program_id(0) - (h - 1)
-    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-    x = tl.umulhi(2 * j, magic)
-    at_x = x * stride_row + (j - x * w)
-    at_x = tl.max_contiguous(tl.multiple_of(at_x, VECTOR), VECTOR)
-    base = grad_bias + tl.program_id(2).to(tl.int64) * stride_head
-    acc = tl.zeros((BLOCK_Y, BLOCK_J), tl.float32)
-    first, end = tl.maximum(dy, 0), tl.minimum(h, h + dy)  # rows of queries; that of the keys is dy before
-    in_j = j < tl.multiple_of(w * w, VECTOR)
-    for _ in range(0, splits):
-        for start in range(first, end, BLOCK_Y):
-            y = start + tl.arange(0, BLOCK_Y)
-            at_y = (y * w).to(tl.int64) * stride_row + tl.multiple_of((y - dy) * w, VECTOR)
-            inside = (y[:, None] < end) & in_j[None, :]
-            acc += tl.load(base + at_y[:, None] + at_x[None, :], mask=inside, other=0.0).to(tl.float32)
-        base += stride_split
-    at = sums + (tl.program_id(2) * (2 * h - 1) + tl.program_id(0)) * w * w + j
-    tl.store(at, tl.sum(acc, 0), mask=in_j)
-
-
-@triton.jit(do_not_specialize=['splits', 'N', 'w', 'h'])
+@triton.jit(do_not_specialize=['splits', 'w', 'h'])
 def table_sums_kernel(
-    sums,  # K, 2*h - 1, w, w
-    grad_bias,  # splits, K, N, N padded
+    folded,  # splits, K, stride_head: see grad_bias_kernel
+    cls,  # K, num_cls, 2: see grad_q_kernel
     grad_table,  # R, K
     splits,
-    N,
+    num_cls,
     K,
-    w,
     h,
-    stride_split,
+    w,
     stride_head,
-    stride_row,
+    columns,
+    period,
     P: tl.constexpr,
-    BLOCK_X: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Sums along the diagonals of the w x w blocks, and the pairs with [CLS].
+    """Sums the pairs of patches that are equally far from each other, and the pairs with [CLS].
 
-    Grid: (2*h - 1 and one more for [CLS], blocks of horizontal offsets, K).
+    Grid: (2*h - 1 vertical offsets and one more for [CLS], blocks of horizontal offsets, K).
     """
     program = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64)
     width = 2 * w - 1
     if program < 2 * h - 1:
         o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+        dy, dx = program - (h - 1), o - (w - 1)
+        top = tl.maximum(dy, 0)
+        rows = tl.minimum(tl.minimum(h, h + dy) - top, period // w)  # of the grid, of queries
         acc = tl.zeros((BLOCK_O,), tl.float32)
-        base = sums + (head * (2 * h - 1) + program) * w * w
-        for start in range(0, w, BLOCK_X):
-            x = start + tl.arange(0, BLOCK_X)
-            key = x[:, None] - (o[None, :] - (w - 1))
-            inside = (x[:, None] < w) & (key >= 0) & (key < w)
-            acc += tl.sum(tl.load(base + x[:, None] * w + key, mask=inside, other=0.0), 0)
+        base = folded + head * stride_head
+        for _ in range(0, splits):
+            for start in range(top * w, (top + rows) * w, BLOCK_R):
+                m = start + tl.arange(0, BLOCK_R)
+                key = (m % w)[:, None] - dx[None, :]  # column of the grid
+                inside = (m < (top + rows) * w)[:, None] & (key >= 0) & (key < w)
+                n = (m - dy * w)[:, None] - dx[None, :]
+                at = base + _folded_rows(m, columns, period)[:, None] + n
+                acc += tl.sum(tl.load(at, mask=inside, other=0.0).to(tl.float32), 0)
+            base += K * stride_head
         at = grad_table + (program * width + o) * K + head
         tl.store(at, acc.to(grad_table.dtype.element_ty), mask=o < width)
     elif tl.program_id(1) == 0:
-        row = tl.zeros((BLOCK_N,), tl.float32)
-        column = tl.zeros((BLOCK_N,), tl.float32)
-        both = 0.0
+        by_patches = tl.zeros((BLOCK,), tl.float32)
+        by_cls = tl.zeros((BLOCK,), tl.float32)
         if P:
-            base = grad_bias + head * stride_head
-            last = N - 1
-            for _ in range(0, splits):
-                both += tl.load(base + last.to(tl.int64) * stride_row + last).to(tl.float32)
-                for start in range(0, last, BLOCK_N):
-                    n = start + tl.arange(0, BLOCK_N)
-                    row += tl.load(base + last.to(tl.int64) * stride_row + n, mask=n < last, other=0.0).to(tl.float32)
-                    at = base + n.to(tl.int64) * stride_row + last
-                    column += tl.load(at, mask=n < last, other=0.0).to(tl.float32)
-                base += stride_split
+            for start in range(0, num_cls, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                at = cls + (head * num_cls + i) * 2
+                by_patches += tl.load(at, mask=i < num_cls, other=0.0)
+                by_cls += tl.load(at + 1, mask=i < num_cls, other=0.0)
+        both = tl.sum(by_cls)
         at = grad_table + (2 * h - 1) * width * K + head
-        tl.store(at, tl.sum(row).to(grad_table.dtype.element_ty))
-        tl.store(at + K, tl.sum(column).to(grad_table.dtype.element_ty))
-        tl.store(at + 2 * K, (both + tl.zeros((), tl.float32)).to(grad_table.dtype.element_ty))
+        # the gradients of the scores of a query have the sum 0: what the patches get [CLS] loses
+        tl.store(at, (-both).to(grad_table.dtype.element_ty))
+        tl.store(at + K, tl.sum(by_patches).to(grad_table.dtype.element_ty))
+        tl.store(at + 2 * K, both.to(grad_table.dtype.element_ty))

@@ -17,10 +17,10 @@ from beit_plugin.kernels.ops import _blocks
 
 head_dim, capability, memory, dtype = int(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 tools = sorted(Path(triton.__file__).parent.rglob('cuobjdump'))
-half = dict.fromkeys(('qkv', 'out', 'grad', 'grad_qkv', 'grad_bias'), f'*{dtype}')
-single = dict.fromkeys(('lse', 'delta', 'table', 'places', 'stats', 'sums', 'grad_table'), '*fp32')
+half = dict.fromkeys(('qkv', 'out', 'grad', 'grad_qkv'), f'*{dtype}')
+single = dict.fromkeys(('lse', 'delta', 'table', 'places', 'stats', 'folded', 'cls', 'grad_table'), '*fp32')
 types = {**half, **single, 'scale': 'fp32', 'offsets': '*i32'}
-aligned = ('stride_b', 'stride_n', 'stride_head', 'stride_row', 'stride_split')
+aligned = ('stride_b', 'stride_n', 'stride_head', 'columns', 'period')
 
 # layouts in which two elements that follow each other in a thread are neighbours in a row
 NEIGHBOURS = (
@@ -36,7 +36,7 @@ def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
     source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     options = dict(num_warps=num_warps, num_stages=num_stages, maxnreg=maxnreg)
     made = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
-    stack = matrix = wide = ''
+    stack = matrix = ''
     if tools:
         with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
             file.write(made.asm['cubin'])
@@ -47,19 +47,17 @@ def compile(kernel, num_warps=4, num_stages=2, maxnreg=None, **constants):
             )
         stack = re.search(r'STACK:(\\d+)', usage)[1]
         matrix = code.count({90: 'HGMMA', 100: 'UTCHMMA'}.get(capability, 'HMMA'))
-        wide = code.count('LDG.E.128')
     lines = made.asm['ttgir'].splitlines()
     layouts = dict(line.split(' = ', 1) for line in lines if line.startswith('#'))
     assembly = [line.rpartition('->')[2] for line in lines if 'elementwise_inline_asm' in line]
     apart = sum(not re.search(NEIGHBOURS, layouts[re.findall(r'#(?!ttg)\\w+', line)[0]]) for line in assembly)
-    print(kernel.__name__, made.metadata.shared, stack, matrix, len(assembly), apart, wide, flush=True)
+    print(kernel.__name__, made.metadata.shared, stack, matrix, len(assembly), apart, flush=True)
 
 dims = dict(P=1, PAIR=int(sys.argv[2]), D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), DIRECT=True)
 for kind in ('forward', 'grad_kv', 'grad_q', 'grad_bias'):
     compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim, memory)._asdict())
 compile(kernels.table_kernel, P=1, BLOCK=512)
-compile(kernels.band_sums_kernel, BLOCK_Y=4, BLOCK_J=1024, VECTOR=8)
-compile(kernels.table_sums_kernel, P=1, BLOCK_X=16, BLOCK_O=128, BLOCK_N=256)
+compile(kernels.table_sums_kernel, P=1, BLOCK_R=32, BLOCK_O=128, BLOCK=256)
 """
 MATRIX_KERNELS = ('forward_kernel', 'grad_kv_kernel', 'grad_q_kernel', 'grad_bias_kernel')
 
@@ -87,11 +85,10 @@ def test_compiles(head_dim, pairs, capability, memory, dtype, tmp_path):
         pytest.skip('this build of Triton brings no compiler for NVIDIA GPUs')
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(' ') for line in done.stdout.splitlines()]
-    assert len(rows) == 7
-    for name, shared, stack, matrix, assembly, apart, wide in rows:
+    assert len(rows) == 6
+    for name, shared, stack, matrix, assembly, apart in rows:
         assert int(shared) <= memory * 1024, name
         assert apart == '0' and (int(assembly) > 0) == (name in MATRIX_KERNELS), name
         if stack:
             assert int(stack) <= 16 or capability != 90, f'{name} spills registers'
             assert dtype == 'fp32' or (int(matrix) > 0) == (name in MATRIX_KERNELS), name
-            assert name != 'band_sums_kernel' or dtype == 'fp32' or int(wide) > 0, 'it loads one element at a time'

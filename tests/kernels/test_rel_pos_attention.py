@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from beit_plugin.kernels.ops import attend, lengthen_table, reduce_to_table
+from beit_plugin.kernels.ops import attend, fold, lengthen_table, reduce_to_table
 from beit_plugin.models.attention import eager_attention
 from beit_plugin.models.relative_position import relative_position_index
 
@@ -180,12 +180,9 @@ def test_operations_are_counted():
     assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 2 * 13 * 13 * 32)
 
 
-@pytest.mark.parametrize(('grid', 'sentence'), [((0, 1), 'of at least 1x1'), ((1, 1302), 'of a width up to 1290')])
-def test_grids_out_of_range(grid, sentence):
-    qkv = torch.zeros(1, 1 + grid[0] * grid[1], 3, 2, 16, device=DEVICE)
-    table = torch.zeros(max(1, 2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2, device=DEVICE)
-    with pytest.raises(ValueError, match=f'expected a grid {sentence}'):
-        attend(qkv, table, grid)
+def test_a_grid_without_rows():
+    with pytest.raises(ValueError, match='expected a grid of at least 1x1'):
+        attend(torch.zeros(1, 1, 3, 2, 16, device=DEVICE), torch.zeros(4, 2, device=DEVICE), (0, 1))
 
 
 def test_every_element_is_written(monkeypatch):
@@ -247,16 +244,47 @@ def test_lengthened_table(grid, prefix):
     assert (places[0, :, behind] == float('-inf')).all()
 
 
-@pytest.mark.parametrize('grid', [(3, 5), (1, 4), (9, 20), (33, 2)])
+@pytest.mark.parametrize('grid', [(3, 5), (1, 4), (9, 20), (33, 2), (20, 8)])
 @pytest.mark.parametrize('prefix, splits', [(0, 1), (1, 3)])
 def test_reduction_to_the_table(grid, prefix, splits):
     h, w = grid
-    n = prefix + h * w
-    rows = (2 * h - 1) * (2 * w - 1) + 3
-    grad = torch.randn(splits, 2, n, 256, device=DEVICE)
-    table = torch.zeros(rows, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
-    cls_last(bias_of(table, grid, prefix), prefix).backward(grad[..., :n].sum(0).double())
-    assert relative_error(reduce_to_table(grad, h, w, prefix), table.grad) <= 1e-6
+    n = h * w
+    folding = fold(n, w, 32, 16)
+    assert (folding.period < n) == (grid in [(33, 2), (20, 8), (9, 20)])
+    folded = torch.randn(splits, 2, folding.size, device=DEVICE)
+    cls = torch.randn(2, 5, 2, device=DEVICE)
+    grad = torch.zeros(2, n + prefix, n + prefix, dtype=torch.float64, device=DEVICE)
+    rows = min(folding.period, n)
+    whole = folded[:, :, : rows * folding.columns].unflatten(2, (rows, -1)).sum(0, dtype=torch.float64)
+    grad[:, :rows, :n] = whole[..., :n]
+    if folding.period < n:
+        rest = folded[:, :, rows * folding.columns :].unflatten(2, (n - rows, -1))
+        grad[:, rows:n, : folding.period] = rest.sum(0, dtype=torch.float64)
+    table = torch.zeros((2 * h - 1) * (2 * w - 1) + 3, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    cls_last(bias_of(table, grid, prefix), prefix).backward(grad)
+    by_patches, by_cls = cls.sum(1, dtype=torch.float64).unbind(1)
+    expected = table.grad.clone()
+    if prefix:
+        expected[-3:] = torch.stack([-by_cls, by_patches, by_cls])
+    assert relative_error(reduce_to_table(folded, cls, folding, h, w, prefix), expected) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ('grid', 'head_dim'), [((36, 4), 16), ((22, 8), 16), ((9, 16), 16), ((13, 12), 16), ((40, 8), 128)]
+)
+@pytest.mark.parametrize('prefix', [0, 1])
+@pytest.mark.parametrize('min_programs', [1, 10_000])
+def test_tiles_of_the_same_bias(grid, head_dim, prefix, min_programs, monkeypatch):
+    """Tiles along a diagonal are added up, in one program and in several."""
+    from beit_plugin.kernels import ops
+
+    monkeypatch.setattr(ops, 'MIN_PROGRAMS', min_programs)
+    h, w = grid
+    assert (fold(h * w, w, 64, 64).period < h * w) == (grid != (13, 12))
+    arguments = inputs(grid, 3, 2, head_dim, torch.float32, prefix)
+    got, expected = ours(*arguments, grid, prefix), reference(*arguments, grid, prefix)
+    assert max(map(relative_error, got, expected)) <= TOLERANCE[torch.float32]
+    assert prefix or not got[2][-3:].any()
 
 
 def test_finite_differences_of_the_reference():
