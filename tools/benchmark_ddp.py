@@ -6,6 +6,7 @@ Run it with 1, 2, 4 ... processes and compare the lines; every process has its o
 
 import argparse
 import os
+from itertools import pairwise
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -80,18 +81,24 @@ def main() -> None:
             broadcast_buffers=False,  # as mmengine has it: SyncBN's are alike
         )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    seconds = []
-    for _ in range(WARM_UP + args.steps):
-        start = perf_counter()
+    ends = []  # of the steps; none waits for a GPU (mmengine does, for the losses that it records)
+    for _ in range(WARM_UP + args.steps + 1):
         with torch.autocast(device.type, torch.bfloat16):
             loss = train(*inputs)[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if cuda:
-            torch.cuda.synchronize()
-        seconds.append(perf_counter() - start)
-    step = median(seconds[WARM_UP:])
+            ends.append(torch.cuda.Event(enable_timing=True))
+            ends[-1].record()
+        else:
+            ends.append(perf_counter())
+    if cuda:
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) / 1e3 for a, b in pairwise(ends)]
+    else:
+        times = [b - a for a, b in pairwise(ends)]
+    step = median(times[WARM_UP:])  # seconds
     if rank == 0:
         memory = f', peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
         name = torch.cuda.get_device_name() if cuda else 'CPU'

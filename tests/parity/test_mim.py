@@ -76,6 +76,38 @@ def test_transformers(tables):
     assert_same_gradients(ours, theirs)
 
 
+@pytest.mark.skipif(not importlib.util.find_spec('transformers'), reason="needs pip install 'beit-plugin[test]'")
+def test_a_hundred_steps_with_transformers():
+    """From the same weights on the same batches both lose the same."""
+    from transformers import BeitConfig
+    from transformers import BeitForMaskedImageModeling as HFModel
+
+    config = BeitConfig(
+        hidden_size=128, num_hidden_layers=DEPTH, num_attention_heads=2, intermediate_size=256, image_size=64,
+        layer_norm_eps=1e-6, drop_path_rate=0.0, attn_implementation='eager', vocab_size=VOCAB, use_mask_token=True,
+        use_shared_relative_position_bias=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = HFModel(config).train()
+    ours = load(BeitForMaskedImageModeling(**OURS), theirs).train()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=5e-4) for model in (ours, theirs)]
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(100):
+        tokens = torch.randint(VOCAB, (4, 16), generator=generator) // 10 * 10  # some more frequent than others
+        mask = torch.rand(4, 16, generator=generator) < 0.4
+        x = tokens.view(4, 1, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3).expand(-1, 3, -1, -1) / VOCAB
+        pair = ours(x, mask, tokens[mask]).loss, theirs(x, bool_masked_pos=mask, labels=tokens[mask]).loss
+        for loss, optimizer in zip(pair, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append([loss.item() for loss in pair])
+    got, expected = torch.tensor(losses, dtype=torch.float64).T
+    assert expected[-10:].mean() < 0.6 * expected[0]
+    assert ((got - expected).abs() / expected).max() <= 1e-4
+
+
 class Target(nn.Module):
     """Stands for a tokenizer: v2 takes indices (B, h*w), v1 scores (B, vocab_size, h, w)."""
 
