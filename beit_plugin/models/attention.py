@@ -244,7 +244,9 @@ class Attention(nn.Module):
         device; its identity and version do not tell, as they stay the same when a trainer writes through ``.data``.
         """
         table = self.relative_position_bias_table
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or table is None or geometry.index is None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+            return False
+        if table is None or geometry.index is None:
             return False
         size = table.shape[1] * geometry.index.numel() * table.element_size()
         return table.device.type == 'cpu' and size <= CACHED_BYTES
@@ -321,7 +323,10 @@ class Attention(nn.Module):
             out, weights = eager_attention(q, k, v, bias, dropout_p, head_mask)
         else:
             out = attention(q, k, v, bias, dropout_p, self.backend)
-        out = out.transpose(1, 2).reshape(B, N, C)
+        out = out.transpose(1, 2)  # B, N, K, D
+        if is_exporting():  # a view of it would not fit once the program's attention is decomposed
+            out = out.clone(memory_format=torch.contiguous_format)
+        out = out.reshape(B, N, C)
         if windows is not None and weights is not None:
             weights = weights.unflatten(0, (-1, windows.total()))  # B, windows, K, 1+wh*ww, 1+wh*ww
         return self._project(out, windows), weights

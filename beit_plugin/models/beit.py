@@ -203,6 +203,9 @@ class Beit(OfficialInitialisation, TimmInterface):
         """
         x = self.patch_embed(x)  # B, h, w, C
         B, h, w, _ = x.shape
+        if torch.jit.is_tracing():  # a trace, and so a file of ONNX, is for one grid, whose tables are its constants
+            h, w = int(h), int(w)
+            x = x.split([h], 1)[0].split([w], 2)[0]  # refuses another
         x = x.flatten(1, 2)  # B, h*w, C
         if bool_masked_pos is not None:
             if self.mask_token is None:

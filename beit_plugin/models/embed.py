@@ -63,7 +63,8 @@ class BeitPatchEmbed(PatchEmbed):
             raise ValueError(
                 f'expected images of at least one {ph}x{pw} patch, got {H}x{W} pixels; enlarge or pad the image'
             )
-        if symbolic or H % ph or W % pw:
+        # a trace, too, serves other sizes of images, as far as their grid is the same
+        if symbolic or torch.jit.is_tracing() or H % ph or W % pw:
             # written so that torch.export can bound the grid, which it cannot with -W % pw
             x = F.pad(x, (0, (W + pw - 1) // pw * pw - W, 0, (H + ph - 1) // ph * ph - H))
         return self.norm(self._project(x))  # B, h, w, C

@@ -1,6 +1,8 @@
 """Whether the Triton kernels can run on a device and shall run unasked; whether a module may be computed otherwise."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -16,6 +18,7 @@ __all__ = [
     'triton_by_default',
     'triton_is_interpreted',
     'triton_refusal',
+    'untraced',
 ]
 
 
@@ -49,6 +52,17 @@ def is_exporting() -> bool:
         return torch.compiler._is_exporting_flag
     # torch 2.6 has neither; there a strict export looks like torch.compile
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """What is computed inside is a constant to ``torch.jit.trace``."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def needs_transforms() -> bool:

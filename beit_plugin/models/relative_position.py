@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kernel_support import untraced
 from .resample import NUM_CLS_ROWS, apply_resize, resize_matrices
 
 __all__ = [
@@ -66,7 +67,7 @@ def relative_position_index(h: int, w: int, device: torch.device | None = None, 
 
 @lru_cache(maxsize=32)
 def _cached_index(h: int, w: int, device: torch.device, pad: int) -> Tensor:
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), untraced():
         return relative_position_index(h, w, device, pad)
 
 
@@ -111,7 +112,8 @@ def gather_bias(table: Tensor, geometry: BiasGeometry, dtype: torch.dtype | None
     """
     index, dtype = geometry.index, dtype or table.dtype
     assert index is not None  # whoever asks for the bias has prepared it
-    learns = torch.is_grad_enabled() and table.requires_grad
+    # a trace is checked against a second one without gradients
+    learns = torch.is_grad_enabled() and table.requires_grad or torch.jit.is_tracing()
     table = table_at(table, geometry)
     if not learns:  # writes less; a gradient is to be summed over the pairs in the dtype of the table
         table = table.to(dtype)

@@ -23,8 +23,9 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from .kernel_support import is_exporting
+from .kernel_support import is_exporting, untraced
 
 __all__ = [
     'RESIZE_RULES',
@@ -147,14 +148,14 @@ def _bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.devi
 
 @lru_cache(maxsize=256)
 def _cached_bilinear(old: int, new: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), untraced():
         return _bilinear_matrix(old, new, align_corners, device, dtype)
 
 
 @lru_cache(maxsize=256)
 def _cached_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     # outside of inference mode, or the cached tensor could not take part in a later training step
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), untraced(), _disable_current_modes():
         return axis_matrix(old, new, rule, torch.device('cpu'), dtype).contiguous().to(device)
 
 
@@ -189,8 +190,10 @@ def resize_matrices(
     symbolic = exporting and (isinstance(new[0], torch.SymInt) or isinstance(new[1], torch.SymInt))
     if not symbolic and tuple(old) == tuple(new):
         return None
-    # no operation of our own may stay in an exported program
-    make = axis_matrix if exporting else _axis_matrix_op if traced_by_dynamo else _cached_matrix
+    if traced_by_dynamo or symbolic:  # no operation of our own may stay in an exported program
+        make = axis_matrix if exporting else _axis_matrix_op
+    else:  # a constant of a program for one size; formats such as ONNX do not know what it was made of
+        make = _cached_matrix
     return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)
 
 

@@ -1,0 +1,77 @@
+"""Traces and files of ONNX: right at the size they were made for, and refused at another."""
+
+import importlib.util
+
+import pytest
+import torch
+from helpers import images, randomize, relative_error
+
+from beit_plugin import Beit
+
+NEEDS_ONNX = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxruntime', 'onnxscript')),
+    reason="needs pip install 'beit-plugin[test]'",
+)
+TRACING = [
+    pytest.mark.filterwarnings('ignore:.torch.jit.trace(_method)?. is deprecated:FutureWarning'),
+    # sizes become constants, which is meant
+    pytest.mark.filterwarnings('ignore:Converting a tensor to a Python (boolean|integer):torch.jit.TracerWarning'),
+    pytest.mark.filterwarnings('ignore:Iterating over a tensor:torch.jit.TracerWarning'),
+]
+
+
+def model(**options):
+    return randomize(Beit(num_classes=10, embed_dim=128, depth=2, num_heads=2, **options)).eval()
+
+
+def run(file, x):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def trace_marks(function):
+    for mark in TRACING:
+        function = mark(function)
+    return function
+
+
+@trace_marks
+@pytest.mark.parametrize('native', [64, 224])
+@pytest.mark.parametrize('grad', [False, True])
+def test_a_trace_passes_its_own_check(native, grad):
+    net, x = model(img_size=native), images(64, 64)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(net, x)
+    assert relative_error(traced(x), net(x)) <= 1e-6
+    assert relative_error(traced(images(50, 60)), net(images(50, 60))) <= 1e-6  # padded to the same grid
+    with pytest.raises(RuntimeError):
+        traced(images(48, 64))
+
+
+@NEEDS_ONNX
+@trace_marks
+# torch 2.14 calls its older exporter, which timm's onnx_export.py still uses, so
+@pytest.mark.filterwarnings('ignore:The feature will be removed. Please remove usage of this function')
+@pytest.mark.filterwarnings('ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning')
+@pytest.mark.parametrize(('native', 'size'), [(64, (64, 64)), (224, (64, 96)), (224, (50, 70))])
+def test_the_exporter_by_traces(native, size, tmp_path):
+    net, x = model(img_size=native), images(*size)
+    file = str(tmp_path / 'model.onnx')
+    axes = {'images': {0: 'batch', 2: 'height', 3: 'width'}}
+    torch.onnx.export(net, (x,), file, input_names=['images'], dynamic_axes=axes, dynamo=False)
+    assert relative_error(run(file, x), net(x)) <= 1e-5
+    assert relative_error(run(file, images(*size)[:1]), net(images(*size)[:1])) <= 1e-5
+    for other in ((16, 16), (32, 32), (96, 64), (65, 66) if size == (64, 64) else (64, 128)):
+        with pytest.raises(Exception, match='Non-zero status code'):
+            run(file, images(*other))
+
+
+@NEEDS_ONNX
+@pytest.mark.parametrize(('native', 'size'), [(64, (64, 64)), (224, (64, 96))])
+def test_the_exporter_by_torch_export(native, size, tmp_path):
+    net, x = model(img_size=native), images(*size)
+    file = str(tmp_path / 'model.onnx')
+    torch.onnx.export(net, (x,), file, dynamo=True, verbose=False)
+    assert relative_error(run(file, x), net(x)) <= 1e-5
