@@ -165,6 +165,8 @@ def _as_tensor(array: Any, name: str) -> Tensor:
         raise ValueError(f'{name} is of type {type(array).__name__}, expected {_FORMS}: convert it')
     if array.is_complex():
         raise ValueError(f'{name} holds {array.dtype} values, expected numbers: give integers or floats')
+    if array.is_meta:
+        raise ValueError(f'{name} is on the meta device, which has no values: give a tensor with pixels')
     return array.detach().cpu()
 
 

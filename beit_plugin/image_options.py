@@ -7,9 +7,11 @@ documentation up to 4.57 (256 px, then the central 224 px). Since 5.0 it resizes
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -21,6 +23,7 @@ Backend = Literal['torch', 'pil']
 Size = int | Sequence[int] | Mapping[str, int]
 Options = TypeVar('Options', bound='ImageOptions')
 CONFIG_NAME = 'preprocessor_config.json'
+_HUB_ID = re.compile(r'[\w.-]+/(?!.*\.json$)[\w.-]+')
 _SQUARE = ({'height', 'width'},)
 _SIZES = (*_SQUARE, {'shortest_edge'}, {'shortest_edge', 'longest_edge'}, {'max_height', 'max_width'})
 # what files of transformers hold beside our options: names, which mean nothing here, and what has one value for BEiT
@@ -73,7 +76,7 @@ class ImageOptions:
                 raise _wrong(name, value, 'True or False')
         self.size = _size(self.size, 'size', _SIZES)
         self.crop_size = _size(self.crop_size, 'crop_size', _SQUARE)
-        filters = [int(filter) for filter in Image.Resampling]
+        filters = sorted(int(filter) for filter in Image.Resampling)
         if isinstance(self.resample, bool) or self.resample not in filters:
             raise _wrong('resample', self.resample, f"the number of a filter of Pillow's, {filters}")
         self.resample = int(self.resample)  # of an enum, which is no JSON
@@ -91,16 +94,19 @@ class ImageOptions:
         """Reads a ``preprocessor_config.json`` that transformers or ``save_pretrained`` wrote.
 
         Args:
-            source: the file, or the folder that it lies in.
+            source: the file, the folder that it lies in, or a hub id (``microsoft/beit-base-patch16-224``).
             overrides: options that count more than the file's.
 
         Raises:
-            ValueError: no such file, cut off, of another model, or with options or values that we do not have.
+            ValueError: no such file, not to be fetched, cut off, of another model, or with options or values that we do
+                not have.
         """
         path = Path(source)
+        if not path.exists() and _HUB_ID.fullmatch(os.fspath(source)):
+            path = _from_hub(os.fspath(source))
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
-            raise ValueError(f'{path} does not exist: give a {CONFIG_NAME} or the folder that it lies in')
+            raise ValueError(f'{path} does not exist: give a {CONFIG_NAME}, the folder that it lies in, or a hub id')
         try:
             found = json.loads(path.read_text(encoding='utf-8'))
         except (ValueError, RecursionError) as error:
@@ -141,6 +147,18 @@ class ImageOptions:
         return replace(self, **{name: value for name, value in changed.items() if value is not None})
 
 
+def _from_hub(hub_id: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, CONFIG_NAME))
+    except (OSError, ValueError) as error:  # the library's errors are of these kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f'{hub_id} is no file or folder here, and the hub did not give its {CONFIG_NAME} ({reason}): check the id'
+        ) from error
+
+
 def resized_size(size: Mapping[str, int], height: int, width: int) -> tuple[int, int]:
     """(H, W) that ``size`` makes of an image, at least 1 x 1; rounded as transformers 5.24 does.
 
@@ -178,15 +196,15 @@ def _numbers(value: Any, name: str) -> tuple[float, ...]:
 
 def _size(value: Any, name: str, forms: tuple[set[str], ...]) -> dict[str, int]:
     """A size in any form, as a dict."""
-    pair = (value, value) if isinstance(value, int) else value
+    pair = (value, value) if isinstance(value, Integral) else value
     if isinstance(pair, list | tuple) and len(pair) == 2:
         pair = dict(zip(('height', 'width'), pair, strict=True))
     if not isinstance(pair, Mapping) or set(pair) not in forms:
         listed = ' or '.join(str(sorted(form)) for form in forms)
         raise _wrong(name, value, f'pixels: an int, (height, width), or a dict with {listed}')
-    if not all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in pair.values()):
+    if not all(isinstance(x, Integral) and not isinstance(x, bool) and int(x) > 0 for x in pair.values()):
         raise _wrong(name, value, 'whole numbers of pixels above 0')
-    return dict(pair)
+    return {side: int(x) for side, x in pair.items()}
 
 
 def _of_transformers(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ Images are resized by the call of PyTorch that torchvision makes for tensors, or
 Legend: B batch, C channels, H W pixels.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any, Literal
@@ -137,7 +138,10 @@ class BeitImageProcessor(ImageOptions):
             raise ValueError(f'got {got}, expected logits (B, classes, h, w): give the output of a segmentor')
         native = tuple(logits.shape[2:])
         given = target_sizes.tolist() if isinstance(target_sizes, Tensor) else target_sizes
-        sizes = [native] * len(logits) if given is None else [tuple(map(int, size)) for size in given]
+        try:
+            sizes = [native] * len(logits) if given is None else [tuple(map(int, size)) for size in given]
+        except (TypeError, ValueError):
+            sizes = []
         if len(sizes) != len(logits) or any(len(size) != 2 or min(size) < 1 for size in sizes):
             raise ValueError(f'target_sizes is {given}, expected (H, W) above 0 for each of the {len(logits)} images')
         found = []
@@ -164,8 +168,9 @@ class BeitImageProcessor(ImageOptions):
         if not self.do_center_crop:
             return image
         height, width = self.crop_size['height'], self.crop_size['width']  # type: ignore
-        # halves as in transformers' torchvision backend; where the image is larger they are negative, and pad() cuts
-        top, left = int((height - image.shape[1]) / 2), int((width - image.shape[2]) / 2)
+        # halves as in transformers' variants; where the image is larger they are negative, and pad() cuts
+        half = math.ceil if self.backend == 'pil' else int
+        top, left = half((height - image.shape[1]) / 2), half((width - image.shape[2]) / 2)
         edges = (left, width - image.shape[2] - left, top, height - image.shape[1] - top)
         return F.pad(image, edges, value=border) if any(edges) else image
 
@@ -197,7 +202,9 @@ class BeitImageProcessor(ImageOptions):
         """Label maps (H, W) of images of these names and sizes."""
         given = list(flatten(maps, 'segmentation_maps', 2))
         if len(given) != len(images):
-            raise ValueError(f'there are {len(images)} images, but {len(given)} segmentation_maps: give one for each')
+            raise ValueError(
+                f'there are {len(images)} images, but {len(given)} segmentation_maps: give one (H, W) for each'
+            )
         labels = []
         for (name, item), (image, size) in zip(given, images, strict=True):
             label = read_label(item, name)

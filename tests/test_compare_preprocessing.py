@@ -16,6 +16,9 @@ def test_table(tmp_path):
     for i, size in enumerate(((40, 30), (90, 120))):
         Image.fromarray(generator.integers(64, 192, (*size, 3), dtype=np.uint8)).save(tmp_path / f'{i}.png')
     (tmp_path / 'broken.png').write_bytes(b'no image')
+    said = tool('compare_preprocessing', tmp_path, '--size', 64, cwd=tmp_path, status=1)
+    assert 'error: 1 of 3 images were left out: ' in said and 'broken.png (' in said
+    (tmp_path / 'broken.png').unlink()
     title, _, _, *rows = tool('compare_preprocessing', tmp_path, '--size', 64, cwd=tmp_path).splitlines()
     assert title.startswith('2 images, 64 x 64 pixels')
     largest = {name.strip(): float(cell) for _, name, _, cell, *_ in (row.split('|') for row in rows)}

@@ -271,7 +271,7 @@ def test_refused_images(case):
         (dict(image_std=[1, 2]), r'images has 3 channels, but image_std 2 numbers: give one for each'),
         (dict(segmentation_maps=LABEL.T), r'segmentation_maps is 84 x 60 .* 60 x 84: .*, or give np.array\(image\)'),
         (dict(segmentation_maps=LABEL[1:]), r'segmentation_maps is 59 x 84 pixels, but images 60 x 84: give both in'),
-        (dict(segmentation_maps=[LABEL] * 2), r'there are 1 images, but 2 segmentation_maps: give one for each'),
+        (dict(segmentation_maps=[LABEL] * 2), r'there are 1 images, but 2 segmentation_maps: give one \(H'),
         (dict(segmentation_maps=[None]), r'segmentation_maps\[0\] is of type NoneType, expected a file name'),
         (dict(segmentation_maps=[PIL]), r'segmentation_maps\[0\] is a Pillow image of mode RGB: labels have one'),
         (dict(segmentation_maps=LABEL / 2), r'segmentation_maps holds torch.float64 values: labels are class numbers'),

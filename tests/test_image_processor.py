@@ -94,12 +94,8 @@ class TestSizes:
 
     def test_thin_images_keep_a_pixel(self):
         for size in ({'max_height': 16, 'max_width': 16}, {'shortest_edge': 16, 'longest_edge': 16}):
-            assert processor(PHOTO[:1], input_data_format='channels_last', size=size).pixel_values.shape == (
-                1,
-                3,
-                32,
-                32,
-            )
+            got = processor(PHOTO[:1], input_data_format='channels_last', size=size).pixel_values
+            assert got.shape == (1, 3, 32, 32)
 
     @pytest.mark.parametrize('crop', [(40, 60), (41, 61), (70, 90), (71, 91), (40, 91), (71, 60), (60, 84)], ids=str)
     def test_center_crop(self, crop):
@@ -214,10 +210,19 @@ class TestFiles:
         path.write_text(json.dumps({**OLD_FILE, 'do_reduce_labels': False, 'device': None, 'default_to_square': True}))
         assert not BeitImageProcessor.from_pretrained(path).do_reduce_labels
 
+    def test_on_the_hub(self, tmp_path, monkeypatch):
+        given = BeitImageProcessor(size=30)
+        files = {('microsoft/beit', 'preprocessor_config.json'): given.save_pretrained(tmp_path)}
+        monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *file: files[file])
+        assert BeitImageProcessor.from_pretrained('microsoft/beit') == given
+        monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *file: open('/no/such'))  # an OSError
+        with pytest.raises(ValueError, match=r'^no/one is no file .* did not give its preprocessor_config.json \(.*No'):
+            BeitImageProcessor.from_pretrained('no/one')
+
     @pytest.mark.parametrize(
         'text, message',
         [
-            (None, 'does not exist: give a preprocessor_config.json or the folder that it lies in'),
+            (None, 'does not exist: give a preprocessor_config.json, the folder that it lies in, or a hub id'),
             ('', 'is cut off or no JSON .*: fetch or save it again'),
             ('{"size": 2', 'is cut off or no JSON'),
             ('[' * 9999, 'is cut off or no JSON'),
@@ -278,6 +283,8 @@ class TestClassMaps:
             (LOGITS, [(3, 4)], r'target_sizes is \[\(3, 4\)\], expected \(H, W\) above 0 for each of the 2 images'),
             (LOGITS, [(3, 4), (3, 0)], 'target_sizes is'),
             (LOGITS, [(3, 4), (3,)], 'target_sizes is'),
+            (LOGITS, (3, 4), r'target_sizes is \(3, 4\), expected \(H, W\)'),
+            (LOGITS, ['ab', 'cd'], 'target_sizes is'),
         ],
     )
     def test_refused(self, outputs, targets, message):

@@ -328,9 +328,3 @@ def test_errors_of_a_call(masking):
 def test_errors_of_a_generator_on_another_device():
     with pytest.raises(ValueError, match=r'generator must be .* got torch\._C\.Generator on cuda'):
         BlockMasking(14, 75)(2, torch.Generator('cuda'))
-
-
-def test_draws_on_the_cpu_under_another_default_device():
-    with torch.device('meta'):
-        masks = BlockMasking(14, 75)(2, torch.Generator().manual_seed(0))
-    assert torch.equal(masks, BlockMasking(14, 75)(2, torch.Generator().manual_seed(0)))

@@ -163,3 +163,8 @@ class TestCollate:
         )
         masks = [batch['mask'] for batch in loader]
         assert len({mask.numpy().tobytes() for mask in masks}) == len(masks)
+
+
+def test_masks_are_drawn_on_the_cpu_under_another_default_device():
+    with torch.device('meta'):
+        assert BlockMasking(14, 75)(1, torch.Generator()).sum() == 75

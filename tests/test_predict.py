@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from tools_common import SHAPES_CONFIG, cut, turn, width, write
 import beit_plugin  # noqa: F401  registers
 
 import predict  # isort: skip
-from predict_models import named  # isort: skip
+import run_common  # isort: skip
+from predict_models import named, read_image  # isort: skip
 from predict_pictures import shares  # isort: skip
 from data_folders import DataError  # isort: skip
 
@@ -89,7 +91,7 @@ def pixels(path: Path) -> np.ndarray:
 
 def check_failures(numbers, said, folder):
     assert set(numbers['failed']) == {str(folder / 'cut.jpg'), str(folder / 'text.png')}
-    assert said.startswith('2 images could not be used: ') and 'truncated' in said and 'cannot identify' in said
+    assert said.startswith('2 of 6 images could not be used: ') and 'truncated' in said and 'cannot identify' in said
 
 
 def test_classifier(folder, weights, tmp_path, monkeypatch, capsys):
@@ -104,6 +106,39 @@ def test_classifier(folder, weights, tmp_path, monkeypatch, capsys):
     names = {path.name for path in tmp_path.glob('*.png')}
     assert names == {f'{name}_attention.png' for name in ('a', 'a_2', 'rgba', 'turned')}
     assert width(tmp_path / 'a_attention.png') > 500  # four panels
+
+
+def test_a_checkpoint_tells_its_classes(tmp_path, monkeypatch, capsys):
+    """Of two classes, pooled as [CLS]; 16 bits are seen as the image processor sees them; a thin image has no maps."""
+    torch.save(timm.create_model(CLASSIFIER, num_classes=2, global_pool='token').state_dict(), tmp_path / 'two.pth')
+    (tmp_path / 'names.txt').write_text('ant\nbee\n')
+    write(tmp_path / 'in/a.png', np.random.default_rng(0).integers(0, 255, (3, 80, 3)))
+    Image.fromarray(np.full((40, 40), 2**15, np.uint16)).save(tmp_path / 'in/b.png')
+    assert np.array_equal(np.unique(np.asarray(read_image(tmp_path / 'in/b.png'))), [128])
+    args = (tmp_path / 'in', '--model', CLASSIFIER, '--checkpoint', tmp_path / 'two.pth', '--attention', '0:0')
+    numbers, output, said = call(monkeypatch, capsys, tmp_path / 'out', *args, '--labels', tmp_path / 'names.txt')
+    assert {one['name'] for found in numbers['images'].values() for one in found['top']} == {'ant', 'bee'}
+    assert '2 of 2 images' in output and re.match(r'1 of 2 .*a.png \(no attention maps: expected images of at', said)
+    assert [path.name for path in (tmp_path / 'out').glob('*.png')] == ['b_attention.png']
+
+
+def test_interrupted(folder, weights, tmp_path, monkeypatch, capsys):
+    """What was found is written."""
+    seen = []
+
+    def stop(*args):
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return iter([dict(top=[])])
+
+    monkeypatch.setattr(predict, 'classify', stop)
+    args = [str(folder), '--model', CLASSIFIER, '--checkpoint', str(weights), '--batch-size', '1', '--device', 'cpu']
+    monkeypatch.setattr(sys, 'argv', ['predict.py', *args, '--out', str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        run_common.run(predict.main)
+    assert stopped.value.code == 130 and capsys.readouterr().err.endswith('interrupted\n')
+    assert len(json.loads((tmp_path / 'predictions.json').read_text())['images']) == 1
 
 
 @needs_mmseg
@@ -157,6 +192,11 @@ def test_segmentor_of_timm(tmp_path, monkeypatch, capsys, folder, more):
         (('--labels', 'none.txt'), '--labels none.txt does not exist'),
         (('--model', 'beit_none'), 'is no model of timm'),
         (('--checkpoint', 'none.pth'), '--checkpoint none.pth does not exist'),
+        (('--checkpoint', __file__), 'is cut off or no checkpoint file'),
+        (
+            ('--model', 'beit_plugin_base_patch16_224'),
+            r'does not fit beit_plugin_base_patch16_224: size mismatch for .*more',
+        ),
     ],
 )
 def test_refuses(args, reason, folder, weights, tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 import argparse
 import copy
 import importlib.util
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tools_common import SHAPES_CONFIG, cut, image_folder, turn
 
 if importlib.util.find_spec('mmseg') is None:
@@ -16,7 +18,8 @@ import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
 from beit_plugin.mm.transforms import DataFileError
 
 from data_folders import DataError  # isort: skip
-from run_common import _run, _summary, check_pretrained, evaluate, length, load_config, use_mixed_precision  # isort: skip
+from run_common import _built, _run, check_pretrained, evaluate, load_config, use_mixed_precision  # isort: skip
+from run_summary import length, memory, summary  # isort: skip
 from run_data import check_data, report_left_out, set_on_error  # isort: skip
 
 
@@ -145,6 +148,16 @@ class TestData:
         use_mixed_precision(cfg, 'bfloat16')
         assert cfg.optim_wrapper.type == 'BEiTBF16OptimWrapper' and 'dtype' not in cfg.optim_wrapper
 
+    @pytest.mark.parametrize('wrong', [dict(variant='tiny'), dict(type='BEiTX')])
+    def test_parts_that_cannot_be_built(self, wrong, tmp_path):
+        cfg = shapes_config()
+        cfg.work_dir, cfg.experiment_name = str(tmp_path), tmp_path.name  # runs of one second would share a name
+        cfg.model.backbone.update(wrong)
+        with pytest.raises(
+            DataError, match=r'^the configuration cannot be built: (BEiTBackbone|BEiTX) ?.*(variant|is not)'
+        ):
+            _built(cfg)
+
     def test_a_model_without_a_backbone_of_that_name(self):
         cfg = shapes_config()
         del cfg.model.backbone
@@ -159,7 +172,7 @@ class TestSummary:
         from mmseg.registry import MODELS
 
         runner = SimpleNamespace(cfg=cfg, model=MODELS.build(copy.deepcopy(cfg.model)))
-        text = _summary(runner, {'training': 5})
+        text = summary(runner, {'training': 5})
         return {line.split()[0]: line.split(maxsplit=1)[1] for line in text.splitlines()}
 
     def test_ours(self):
@@ -167,6 +180,28 @@ class TestSummary:
         assert lines['model'].startswith('BEiTBackbone + BEiTPyramid + BEiTUPerHead, 0.')
         assert lines['resolution'] == 'crops of 96 x 96 px in training, windows in testing'
         assert lines['schedule'] == '400 iterations, effective batch 8, OptimWrapper'
+
+    def test_memory(self):
+        """Twice the images keep twice as much; what is recomputed is not kept."""
+        from mmseg.registry import MODELS
+
+        def found(batch, **backbone):
+            cfg = shapes_config()
+            cfg.train_dataloader.batch_size = batch
+            cfg.model.backbone.update(backbone)
+            return memory(cfg, MODELS.build(copy.deepcopy(cfg.model)).eval())
+
+        model = MODELS.build(shapes_config().model)
+        size = sum(parameter.numel() * 4 for parameter in model.parameters())
+        states, kept = found(4)
+        assert states == 4 * size
+        assert found(8)[1] == pytest.approx(2 * kept, rel=0.02)
+        assert found(4, with_cp=True)[1] < 0.8 * kept
+        assert memory(shapes_config(), torch.nn.Identity()) is None
+        text = self.lines(shapes_config())['memory']
+        assert re.fullmatch(
+            r'about \d\d MiB a process: \d MiB of weights and optimiser, \d\d MiB kept for the .*', text
+        )
 
     def test_pyramid_in_the_backbone_and_no_other_parts(self):
         cfg = shapes_config()

@@ -90,10 +90,12 @@ def main() -> None:
     peers = list(hosts(args.size))
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name, *_ in peers}
     paths = [args.folder / name for name in files_below(args.folder, IMAGE_SUFFIXES)]
+    failed = []
     for path in tqdm(paths, unit='image'):
         try:
             image = read_image(path)
-        except UNREADABLE:
+        except UNREADABLE as error:
+            failed.append(f'{path} ({str(error).splitlines()[0]})')
             continue
         ours = {backend: processor(image).pixel_values[0] for backend, processor in processors.items()}
         for name, backend, prepare in peers:
@@ -106,6 +108,8 @@ def main() -> None:
     for name, backend, _ in peers:
         largest, mean, share = (torch.tensor(values) for values in zip(*found[name], strict=True))
         print(f'| {name} | {backend} | {largest.max():.2f} | {mean.mean():.4f} | {100 * share.mean():.3f} |')
+    if failed:
+        raise DataError(f'{len(failed)} of {len(paths)} images were left out: {"; ".join(failed)}.')
 
 
 if __name__ == '__main__':

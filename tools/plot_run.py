@@ -42,7 +42,11 @@ def read_scalars(work_dir: Path) -> list[dict[str, float]]:
 
 
 def plot_curve(work_dir: Path) -> Path:
-    """Loss over the iterations, and mIoU where it was measured; returns the picture's path."""
+    """Loss over the iterations, and mIoU where it was measured; returns the picture's path.
+
+    Raises:
+        DataError: no loss was logged.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
@@ -51,9 +55,14 @@ def plot_curve(work_dir: Path) -> Path:
     rows = read_scalars(work_dir)
     losses = [(row['step'], row['loss']) for row in rows if 'loss' in row]
     scores = [(row['step'], row['mIoU']) for row in rows if 'mIoU' in row]
+    if not losses:
+        raise DataError(
+            f'{work_dir} has no loss in its training log: it is written every default_hooks.logger.interval.'
+        )
     figure, axis = plt.subplots(figsize=(8, 4.5), layout='constrained')
     axis.plot(*zip(*losses, strict=True), color='tab:blue', label='training loss')
-    axis.set(xlabel='iteration', ylabel='loss', ylim=(0, None), title=work_dir.name)
+    highest = max(loss for _, loss in losses)
+    axis.set(xlabel='iteration', ylabel='loss', ylim=(0, 1.05 * highest), title=work_dir.name)
     lines = list(axis.lines)
     if scores:
         right = axis.twinx()

@@ -138,8 +138,8 @@ def classify(predictor: Any, images: Sequence[Any], top: int) -> Iterator[dict[s
         yield dict(top=[dict(name=predictor.classes[i], probability=float(probabilities[i])) for i in order])
 
 
-def predict(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
-    """Numbers by path, and why images failed."""
+def predict(args: argparse.Namespace, found: dict[str, Any], failed: dict[str, str]) -> None:
+    """Adds numbers by path, and why images failed."""
     from predict_models import MMSegPredictor, Predictor, TimmPredictor, read_image
     from predict_pictures import attention_maps
     from tqdm import tqdm
@@ -153,8 +153,6 @@ def predict(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
     if args.multi_scale and not predictor.segments:
         raise DataError(f'--multi-scale is for segmentors, and {args.model} is a classifier.')
     args.out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
-    failed: dict[str, str] = {}
     outputs = names(paths)
     size = 1 if predictor.segments else args.batch_size
     with tqdm(total=len(paths), unit='image') as bar:
@@ -171,31 +169,40 @@ def predict(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]:
                         found[str(path)] = segment(predictor, path, image, outputs[path], args.out)
                 elif batch:
                     found |= zip(map(str, batch), classify(predictor, list(batch.values()), args.top), strict=True)
-                for path, image in batch.items() if args.attention is not None else ():
-                    image, weights, grid = predictor.attentions(image)
-                    target = args.out / f'{outputs[path]}_attention.png'
-                    attention_maps(image, weights, grid, chosen_heads(args.attention, weights), target)
             except DataError:
                 raise
             except Exception as error:  # whatever a pipeline makes of one image, the others go on
                 failed |= {str(path): reason(error) for path in batch if str(path) not in found}
+            for path, image in batch.items() if args.attention is not None else ():
+                try:
+                    image, weights, grid = predictor.attentions(image)
+                    target = args.out / f'{outputs[path]}_attention.png'
+                    attention_maps(image, weights, grid, chosen_heads(args.attention, weights), target)
+                except DataError:
+                    raise
+                except Exception as error:
+                    failed.setdefault(str(path), f'no attention maps: {reason(error)}')
             bar.update(len(paths[first : first + size]))
-    return found, failed
 
 
 def main() -> None:
     args = parse_args()
-    found, failed = predict(args)
-    (args.out / NUMBERS).write_text(json.dumps(dict(images=found, failed=failed), indent=1) + '\n')
+    found: dict[str, Any] = {}
+    failed: dict[str, str] = {}
+    try:
+        predict(args, found, failed)
+    finally:  # also when it is interrupted
+        if args.out.is_dir():
+            (args.out / NUMBERS).write_text(json.dumps(dict(images=found, failed=failed), indent=1) + '\n')
     for path, numbers in found.items():
         best = numbers.get('top') or [
             dict(name=k, probability=v) for k, v in list(numbers['classes'].items())[: args.top]
         ]
         print(f'{path}: ' + ', '.join(f'{one["name"]} {100 * one["probability"]:.1f} %' for one in best))
-    print(f'{len(found)} of {len(found) + len(failed)} images, results in {args.out}')
+    print(f'{len(found)} of {len(found.keys() | failed.keys())} images, results in {args.out}')
     if failed:
         listed = '; '.join(f'{path} ({why})' for path, why in failed.items())
-        raise DataError(f'{len(failed)} images could not be used: {listed}.')
+        raise DataError(f'{len(failed)} of {len(found.keys() | failed.keys())} images could not be used: {listed}.')
 
 
 if __name__ == '__main__':

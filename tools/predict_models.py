@@ -12,17 +12,45 @@ from typing import Any
 
 import numpy as np
 from data_folders import DataError, colours
-from PIL import Image, ImageOps
+from PIL import Image
 from run_common import WARNING_NOISE, load_weights
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of BEiT's multi-scale evaluation, each also mirrored
+SIZES = ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')  # that the name of a model tells
 ATTENTION_TOKENS = 4096  # of an image whose attention is drawn: weights take heads * tokens^2 numbers
 
 
 def read_image(path: Path) -> Image.Image:
-    """An image as people see it: RGB, turned by its EXIF data; errors as Pillow's."""
-    with Image.open(path) as file:
-        return ImageOps.exif_transpose(file).convert('RGB')
+    """An image as the image processor sees it: RGB, turned by its EXIF data; ValueError with a sentence."""
+    from beit_plugin.image_inputs import read_image
+
+    pixels = read_image(path, 'the image', None, rgb=True, rescale_factor=None)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _of_checkpoint(name: str, checkpoint: Path) -> dict[str, Any]:
+    """Arguments of ``timm.create_model`` that a checkpoint of one of our models tells, such as its number of classes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from inspect_checkpoint import stated
+
+    from beit_plugin.checkpoints import CheckpointError
+    from beit_plugin.checkpoints.describe import describe
+    from beit_plugin.checkpoints.sources import read_source
+
+    try:
+        source = read_source(checkpoint)
+    except CheckpointError as error:
+        raise DataError(f'{error}.') from error
+    if '_plugin_' not in name:
+        return {}
+    try:
+        told = stated(describe(source.state_dict, source.grid), source.config)
+    except CheckpointError as error:
+        raise DataError(f'{checkpoint} is no checkpoint of {name}: {error}.') from error
+    return {key: value for key, value in told.items() if key not in SIZES and value is not ...}
 
 
 @dataclass
@@ -158,10 +186,16 @@ class TimmPredictor(Predictor):
         if checkpoint is not None and not checkpoint.is_file():
             raise DataError(f'--checkpoint {checkpoint} does not exist.')
         try:
-            weights = dict(pretrained=True) if checkpoint is None else dict(checkpoint_path=str(checkpoint))
-            model = timm.create_model(name, **weights)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise DataError(f'{name} got no weights, name a --checkpoint: {str(error).splitlines()[0]}') from error
+            if checkpoint is None:
+                model = timm.create_model(name, pretrained=True)
+            else:
+                model = timm.create_model(name, checkpoint_path=str(checkpoint), **_of_checkpoint(name, checkpoint))
+        except (RuntimeError, OSError, ValueError, TypeError) as error:
+            lines = [line.strip().rstrip('.') for line in str(error).splitlines()]
+            if checkpoint is None:
+                raise DataError(f'{name} got no weights, name a --checkpoint: {lines[0]}.') from error
+            more = f' (and {len(lines) - 2} more)' if len(lines) > 2 else ''  # below the headline, one for a parameter
+            raise DataError(f'{checkpoint} does not fit {name}: {lines[:2][-1]}{more}.') from error
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         self.data = resolve_model_data_config(model)
         self.transform = create_transform(**self.data, is_training=False)

@@ -15,7 +15,8 @@ from typing import Any
 
 from data_folders import DataError
 from run_data import check_data, data_sets, report_left_out
-from run_mim import check_tokenizer, is_pretraining, millions, result, sentence, summary
+from run_mim import check_tokenizer, is_pretraining, result, sentence
+from run_summary import inner, summary
 
 _RUN_NUMBERS = itertools.count(1)
 # mmengine opens with its whole environment, configuration and hooks; these stay in the log file
@@ -147,13 +148,6 @@ def check_pretrained(cfg: Any) -> None:
     )
 
 
-def _inner(model: Any) -> Any:
-    """The segmentor without DDP and test-time augmentation around it."""
-    while hasattr(model, 'module'):
-        model = model.module
-    return model
-
-
 def load_weights(model: Any, checkpoint: Path) -> None:
     """Load all parameters of the model from the file; raises DataError when it does not fit."""
     from beit_plugin.checkpoints.convert import CheckpointError
@@ -184,64 +178,22 @@ def scope_of(cfg: Any) -> AbstractContextManager:
     return DefaultScope.overwrite_default_scope(cfg.get('default_scope'))
 
 
-def length(cfg: Any) -> str:
-    """How long a configuration trains, in words."""
-    count, what = cfg.train_cfg.get('max_epochs'), 'epoch'
-    if count is None:
-        count, what = cfg.train_cfg.max_iters, 'iteration'
-    return f'{count} {what}{"" if count == 1 else "s"}'
+def _built(cfg: Any) -> Any:
+    """The Runner; raises DataError for arguments that a part of the configuration does not take, or unknown parts."""
+    from mmengine.runner import Runner
 
-
-def _parts(module: Any) -> list[Any]:
-    """What an image goes through in a segmentor, as far as it has them; a cascade has several heads."""
-    from torch.nn import ModuleList
-
-    found = [getattr(module, name, None) for name in ('backbone', 'neck', 'decode_head')]
-    lists = [part if isinstance(part, ModuleList) else [part] for part in found if part is not None]
-    return list(itertools.chain(*lists))
-
-
-def _summary(runner: Any, counts: dict[str, int]) -> str:
-    import torch
-    from mmengine.device import get_device
-    from mmengine.dist import get_world_size
-
-    cfg = runner.cfg
-    module = _inner(runner.model)
-    device = get_device()
-    if device == 'cuda':
-        device = torch.cuda.get_device_name()
-    else:
-        device += f', {torch.get_num_threads()} threads'
-    lines = summary(cfg, module) if is_pretraining(cfg) else _segmentor(module)
-    lines.append(f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}')
-    if 'training' in counts:
-        batch = cfg.train_dataloader.batch_size * get_world_size() * cfg.optim_wrapper.get('accumulative_counts', 1)
-        lines.append(
-            f'schedule    {length(cfg)}, effective batch {batch}, '
-            f'{cfg.optim_wrapper.get("type", "OptimWrapper")} {cfg.optim_wrapper.get("dtype", "")}'.rstrip()
-        )
-    lines += [f'device      {device}, {get_world_size()} process(es)', f'output      {cfg.work_dir}']
-    return '\n'.join(f'  {line}' for line in lines)
-
-
-def _segmentor(module: Any) -> list[str]:
-    """Lines about a segmentor."""
-    parts = _parts(module)
-    size = getattr(module.data_preprocessor, 'size', None)
-    trained = f'crops of {" x ".join(map(str, size))} px' if size else 'sizes of the pipeline'
-    tested = 'windows' if module.test_cfg.mode == 'slide' else 'whole images'
-    return [
-        f'model       {" + ".join(type(part).__name__ for part in parts)}, {millions(module)}',
-        f'classes     {parts[-1].num_classes}',
-        f'resolution  {trained} in training, {tested} in testing',
-    ]
+    try:
+        return Runner.from_cfg(cfg)
+    except (TypeError, KeyError) as error:
+        said = str(error.args[0]) if error.args else ''
+        if 'unexpected keyword argument' not in said and 'is not in the' not in said:
+            raise
+        raise DataError(f'the configuration cannot be built: {said.rpartition(".py: ")[2].strip()}') from error
 
 
 def _start(cfg: Any, counts: dict[str, int]) -> Any:
     """The Runner of the configuration, and its summary on the console."""
     from mmengine.dist import is_main_process
-    from mmengine.runner import Runner
 
     number = next(_RUN_NUMBERS)
     if number > 1:
@@ -250,9 +202,9 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
     for message in WARNING_NOISE:
         warnings.filterwarnings('ignore', message=message)
     with redirect_stdout(_Console(sys.stdout)):
-        runner = _run(lambda: Runner.from_cfg(cfg), OUR_OWN if is_pretraining(cfg) else ())
+        runner = _run(lambda: _built(cfg), OUR_OWN if is_pretraining(cfg) else ())
     if is_main_process():
-        print(_summary(runner, counts), flush=True)
+        print(summary(runner, counts), flush=True)
     return runner
 
 
@@ -317,13 +269,16 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     runner = _start(cfg, counts)
     if is_file:
         # mmengine would accept a file that fits in part or not at all
-        load_weights(_inner(runner.model), Path(checkpoint))
+        load_weights(inner(runner.model), Path(checkpoint))
     return runner.test()
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; what is wrong with the user's data or set-up becomes one sentence and exit status 1."""
+    """Call `main`; what is wrong with the user's data or set-up becomes one sentence and exit status 1, Ctrl-C 130."""
     try:
         main()
     except DataError as error:
         sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a segmentor, or pre-train: mmengine's Runner with checks before, a summary, and the result in the last line.
+"""Train a segmentor, or pre-train: mmengine's Runner with checks, a summary, a curve, and the result in the last line.
 
 CONFIG is a file of configs/; mmsegmentation's own tools/train.py takes it as well, and the same arguments. Those of
 configs/mim/ train a tokenizer, or a BEiT by masked image modelling, on images without labels.
@@ -7,10 +7,14 @@ configs/mim/ train a tokenizer, or a BEiT by masked image modelling, on images w
 
 import argparse
 import os
+from pathlib import Path
 
 import run_common
+from data_folders import DataError
+from plot_run import plot_curve
 from run_data import set_on_error
 from run_mim import use_sources
+from run_summary import length
 
 EXAMPLES = """examples:
   python tools/train.py configs/seg/beit-tiny_upernet_shapes.py
@@ -63,7 +67,11 @@ def main() -> None:
     checkpoint, result, _ = run_common.train(cfg)
     if os.environ.get('RANK', '0') == '0':
         where = f'checkpoint {checkpoint}' if checkpoint else f'no checkpoint in {cfg.work_dir}'
-        print(f'{result} after {run_common.length(cfg)}, {where}')
+        try:
+            where += f', curve {plot_curve(Path(cfg.work_dir))}'
+        except DataError:
+            pass  # too short for a logged loss
+        print(f'{result} after {length(cfg)}, {where}')
 
 
 if __name__ == '__main__':

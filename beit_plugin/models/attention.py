@@ -9,7 +9,6 @@ Shapes: B batch, N tokens, C channels, K heads, D head dim.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .kernel_support import is_exporting, needs_transforms, triton_by_default, triton_is_interpreted, triton_refusal
-from .relative_position import BiasGeometry, gather_bias, num_relative_distance, table_at
+from .relative_position import BiasGeometry, bias_of, num_relative_distance, table_at
 from .windows import Windows
 
 __all__ = [
@@ -34,9 +33,6 @@ __all__ = [
 AttentionBackend = Literal['auto', 'eager', 'sdpa', 'fused']
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 HALF = (torch.float16, torch.bfloat16)
-CACHED_BYTES = 64 * 2**20  # largest bias that is kept for the next inference on the CPU: 12 heads at 512 pixels
-# beside the modules, so that it is neither copied nor pickled with them
-_BIAS_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor, Tensor]] = WeakKeyDictionary()
 
 
 def eager_attention(
@@ -237,39 +233,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def _may_cache(self, geometry: BiasGeometry) -> bool:
-        """Whether the bias of this forward is the same as in the next: inference on the CPU.
-
-        Elsewhere it is gathered each time. Comparing the table with that of the last forward would wait for the
-        device; its identity and version do not tell, as they stay the same when a trainer writes through ``.data``.
-        """
-        table = self.relative_position_bias_table
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
-            return False
-        if table is None or geometry.index is None:
-            return False
-        size = table.shape[1] * geometry.index.numel() * table.element_size()
-        return table.device.type == 'cpu' and size <= CACHED_BYTES
-
-    def _cached_bias(self, table: Tensor, geometry: BiasGeometry, dtype: torch.dtype | None) -> Tensor:
-        """``gather_bias``, done once for each table, grid and dtype.
-
-        The tables are compared by value: trainers swap averaged weights through ``.data``, which no version counter
-        sees.
-        """
-        grid, known, bias = _BIAS_CACHE.get(self, (None, None, None))
-        if (
-            bias is None
-            or known is None
-            or grid != geometry.grid
-            or known.dtype != table.dtype
-            or bias.dtype != (dtype or table.dtype)
-            or not known.equal(table)
-        ):
-            bias = gather_bias(table, geometry, dtype)
-            _BIAS_CACHE[self] = geometry.grid, table.detach().clone(), bias
-        return bias
-
     def forward(
         self,
         x: Tensor,
@@ -307,8 +270,8 @@ class Attention(nn.Module):
             if fused:
                 own = table_at(table, geometry)
             else:
-                read = self._cached_bias if self._may_cache(geometry) else gather_bias
-                own = read(table, geometry, qkv.dtype if bias is None else None)  # a sum is rounded once, at its end
+                dtype = qkv.dtype if bias is None else None  # a sum is rounded once, at its end
+                own = bias_of(self, table, geometry, dtype)
             bias = own if bias is None else own + bias
         if fused and geometry is not None and bias is not None:
             from ..kernels.ops import attend  # not before it is needed: Triton looks for a GPU
@@ -316,17 +279,14 @@ class Attention(nn.Module):
             out = attend(qkv, bias, geometry.grid)  # B, N, K, D
             return self._project(out.flatten(2), windows), None
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, K, N, D
-
         dropout_p = self.attn_drop.p if self.training else 0.0
         weights = None
         if return_weights or head_mask is not None:
             out, weights = eager_attention(q, k, v, bias, dropout_p, head_mask)
         else:
             out = attention(q, k, v, bias, dropout_p, self.backend)
-        out = out.transpose(1, 2)  # B, N, K, D
-        if is_exporting():  # a view of it would not fit once the program's attention is decomposed
-            out = out.clone(memory_format=torch.contiguous_format)
-        out = out.reshape(B, N, C)
+        out = out.transpose(1, 2)  # B, N, K, D; copied in an export, whose attention may be decomposed to other strides
+        out = (out.clone(memory_format=torch.contiguous_format) if is_exporting() else out).reshape(B, N, C)
         if windows is not None and weights is not None:
             weights = weights.unflatten(0, (-1, windows.total()))  # B, windows, K, 1+wh*ww, 1+wh*ww
         return self._project(out, windows), weights

@@ -14,6 +14,7 @@ from torch.nn.modules import module as global_hooks
 __all__ = [
     'is_exporting',
     'is_plain',
+    'may_keep',
     'needs_transforms',
     'triton_by_default',
     'triton_is_interpreted',
@@ -63,6 +64,11 @@ def untraced() -> Iterator[None]:
         yield
     finally:
         torch._C._set_tracing_state(state)
+
+
+def may_keep() -> bool:
+    """Whether a tensor made now may serve the next call; one of a compiler or a dispatch mode may have no values."""
+    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 def needs_transforms() -> bool:

@@ -9,18 +9,20 @@ Shapes: h, w grid in patches; N = 1 + h*w tokens; K heads.
 
 from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernel_support import untraced
+from .kernel_support import may_keep, untraced
 from .resample import NUM_CLS_ROWS, apply_resize, resize_matrices
 
 __all__ = [
     'BiasGeometry',
     'RelativePositionBias',
     'bias_geometry',
+    'bias_of',
     'gather_bias',
     'num_relative_distance',
     'relative_position_index',
@@ -29,6 +31,9 @@ __all__ = [
 
 ALIGNMENT = 8  # SDPA's CUDA kernels read a bias in place only when its rows start at multiples of 8 elements
 CACHED_TOKENS = 2048  # an index of this many tokens takes 32 MiB; larger ones are made anew each time
+CACHED_BYTES = 64 * 2**20  # largest bias that is kept for the next inference on the CPU: 12 heads at 512 pixels
+# beside the modules, so that it is neither copied nor pickled with them
+_BIAS_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor, Tensor]] = WeakKeyDictionary()
 
 
 class BiasGeometry(NamedTuple):
@@ -89,7 +94,7 @@ def bias_geometry(
     num_tokens = 1 + h * w
     symbolic = isinstance(num_tokens, torch.SymInt)
     pad = 0 if symbolic or device.type != 'cuda' else -num_tokens % ALIGNMENT
-    cacheable = not symbolic and not torch.compiler.is_compiling() and num_tokens <= CACHED_TOKENS
+    cacheable = not symbolic and may_keep() and num_tokens <= CACHED_TOKENS
     index = (_cached_index if cacheable else relative_position_index)(h, w, device, pad)
     return BiasGeometry(grid, index, matrices)
 
@@ -113,13 +118,37 @@ def gather_bias(table: Tensor, geometry: BiasGeometry, dtype: torch.dtype | None
     index, dtype = geometry.index, dtype or table.dtype
     assert index is not None  # whoever asks for the bias has prepared it
     # a trace is checked against a second one without gradients
-    learns = torch.is_grad_enabled() and table.requires_grad or torch.jit.is_tracing()
+    learns = (torch.is_grad_enabled() and table.requires_grad) or torch.jit.is_tracing()
     table = table_at(table, geometry)
     if not learns:  # writes less; a gradient is to be summed over the pairs in the dtype of the table
         table = table.to(dtype)
     # picking columns of the transposed table gives the heads first without a transpose of the large result
     bias = table.t().contiguous().index_select(1, index.reshape(-1))  # K, N*N
     return bias.reshape(-1, index.shape[0], index.shape[1]).to(dtype)[..., : index.shape[0]]
+
+
+def bias_of(owner: nn.Module, table: Tensor, geometry: BiasGeometry, dtype: torch.dtype | None) -> Tensor:
+    """``gather_bias`` for a module; in inference on the CPU once for each table, grid and dtype.
+
+    Elsewhere it is gathered each time. Comparing the table with that of the last forward would wait for the device; its
+    identity and version do not tell, as they stay the same when a trainer swaps averaged weights through ``.data``.
+    """
+    index = geometry.index
+    fixed = not torch.is_grad_enabled() and not torch.jit.is_tracing() and may_keep() and table.is_cpu
+    if not fixed or index is None or table.shape[1] * index.numel() * table.element_size() > CACHED_BYTES:
+        return gather_bias(table, geometry, dtype)
+    grid, known, bias = _BIAS_CACHE.get(owner, (None, None, None))
+    if (
+        bias is None
+        or known is None
+        or grid != geometry.grid
+        or known.dtype != table.dtype
+        or bias.dtype != (dtype or table.dtype)
+        or not known.equal(table)
+    ):
+        bias = gather_bias(table, geometry, dtype)
+        _BIAS_CACHE[owner] = geometry.grid, table.detach().clone(), bias
+    return bias
 
 
 class RelativePositionBias(nn.Module):

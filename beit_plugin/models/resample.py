@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .kernel_support import is_exporting, untraced
+from .kernel_support import is_exporting, may_keep, untraced
 
 __all__ = [
     'RESIZE_RULES',
@@ -136,9 +136,7 @@ def bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.devic
 
     The weights are computed in float32, or in float64 for a result in float64, as PyTorch does.
     """
-    # what a compiler or a dispatch mode makes is not kept: it may have no values
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    return (_bilinear_matrix if traced else _cached_bilinear)(old, new, align_corners, device, dtype)
+    return (_cached_bilinear if may_keep() else _bilinear_matrix)(old, new, align_corners, device, dtype)
 
 
 def _bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -192,8 +190,8 @@ def resize_matrices(
         return None
     if traced_by_dynamo or symbolic:  # no operation of our own may stay in an exported program
         make = axis_matrix if exporting else _axis_matrix_op
-    else:  # a constant of a program for one size; formats such as ONNX do not know what it was made of
-        make = _cached_matrix
+    else:  # of an exported program for one size it is a constant: ONNX could not hold what it is made of
+        make = _cached_matrix if exporting or may_keep() else axis_matrix
     return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)
 
 

@@ -182,7 +182,7 @@ class TestBiasOfInference:
     def gathers(self, monkeypatch):
         counted = []
         monkeypatch.setattr(
-            'beit_plugin.models.attention.gather_bias', lambda *args: counted.append(1) or gather_bias(*args)
+            'beit_plugin.models.relative_position.gather_bias', lambda *args: counted.append(1) or gather_bias(*args)
         )
         return counted
 
@@ -217,18 +217,32 @@ class TestBiasOfInference:
         torch.testing.assert_close(changed, self.run().detach())  # with gradients it is gathered in any case
 
     def test_large_ones_are_not_kept(self, monkeypatch):
-        monkeypatch.setattr('beit_plugin.models.attention.CACHED_BYTES', 100)
+        monkeypatch.setattr('beit_plugin.models.relative_position.CACHED_BYTES', 100)
         counted = self.gathers(monkeypatch)
         with torch.no_grad():
             self.run(), self.run()
         assert len(counted) == 2
+
+    def test_tensors_without_values_are_not_kept(self):
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        def run(x):
+            return module(x, bias_geometry((5, 7), (6, 9), 'geometric', CPU))[0]
+
+        module = Attention(16, 2, window_size=(5, 7)).requires_grad_(False)
+        x = torch.randn(1, 55, 16)
+        with torch.no_grad(), FakeTensorMode() as mode:
+            state = {name: mode.from_tensor(value) for name, value in module.named_parameters()}
+            geometry = bias_geometry((5, 7), (6, 9), 'geometric', CPU)
+            torch.func.functional_call(module, state, (torch.empty(1, 55, 16), geometry))
+        assert run(x).isfinite().all() and type(run(x)) is torch.Tensor
 
     def test_is_no_part_of_the_module(self):
         import copy
         import gc
         import pickle
 
-        from beit_plugin.models.attention import _BIAS_CACHE
+        from beit_plugin.models.relative_position import _BIAS_CACHE
 
         size = len(pickle.dumps(self.module))
         with torch.inference_mode():
