@@ -28,7 +28,7 @@ Legend: B batch, N tokens, K heads, D head dim, h w grid, R rows of the table, P
 padding up to a multiple of every block. Every pointer's shape stands beside it.
 """
 
-# pyright: reportArgumentType=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportIndexIssue=false, reportOperatorIssue=false
 # (constants and tensors of a kernel are not what the types of Triton's functions say)
 
 import triton

@@ -59,11 +59,11 @@ def is_exporting() -> bool:
 def untraced() -> Iterator[None]:
     """What is computed inside is a constant to ``torch.jit.trace``."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    torch._C._set_tracing_state(None)  # pyright: ignore
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        torch._C._set_tracing_state(state)  # pyright: ignore
 
 
 def may_keep() -> bool:
