@@ -123,7 +123,7 @@ def main() -> None:
         else:
             raise DataError(f'{args.target} is no name of a file: end it in one of {", ".join(SUFFIXES)}.')
     except CheckpointError as error:
-        raise DataError(f'{error}.') from error
+        raise DataError(f'{error}.'.replace('leave out by drop=', 'leave out by --drop')) from error
     except OSError as error:
         raise DataError(f'{args.target} cannot be written: {error.strerror}.') from error
     print(f'{args.target}: the {found.task} of {found.dialect} as {args.to}')

@@ -54,6 +54,8 @@ class BeitForMaskedImageModeling(Beit):
     """
 
     def __init__(self, *, vocab_size: int = 8192, **kwargs: Any) -> None:
+        if pool := kwargs.pop('global_pool', ''):
+            raise ValueError(f'patches are predicted one by one, so global_pool must be left out, got {pool!r}')
         kwargs = {'use_mask_token': True, 'use_rel_pos_bias': False, 'use_shared_rel_pos_bias': True, **kwargs}
         super().__init__(num_classes=vocab_size, global_pool='', use_fc_norm=False, **kwargs)
         self._guard = LabelGuard('use the tokenizer that the model was built for, or set vocab_size to its vocabulary')

@@ -187,6 +187,7 @@ def test_learns(cls):
         (lambda m: m(X, MASK.float(), TOKENS), 'bool_masked_pos must have dtype torch.bool, got torch.float32'),
         (lambda m: m(X, MASK.mT, TOKENS), 'bool_masked_pos must have shape (2, 15) or (2, 3, 5)'),
         (lambda m: m.reset_classifier(3, 'avg'), "global_pool must be left out, got 'avg'"),
+        (lambda m: type(m)(global_pool='avg'), "global_pool must be left out, got 'avg'"),
         (lambda m: m.reset_classifier(-1), 'vocab_size must be the number of visual tokens, or 0 for no head, got -1'),
         (lambda m: build(vocab_size=-1), 'vocab_size must be the number of visual tokens'),
         (lambda m: build(use_mask_token=False)(X, MASK), 'bool_masked_pos needs a mask token'),

@@ -64,6 +64,8 @@ def test_fcn_head_without_convolutions():
     head = FCNHead(4, 4, 3, num_convs=0, dropout=0.0)
     x = torch.randn(2, 4, 5, 7)
     assert torch.equal(head(x), head.conv_seg(x))
+    with pytest.raises(ValueError, match='num_classes must be at least 1, got 0; a backbone with features_only'):
+        FCNHead(4, 6, 0)
     with pytest.raises(ValueError, match=r'num_convs=0 with in_channels=4 and channels=6.*set channels=4 or num_convs'):
         FCNHead(4, 6, 3, num_convs=0)
 
