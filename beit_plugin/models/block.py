@@ -145,6 +145,12 @@ class Block(nn.Module):
         x = x + self.drop_path2(self._scale(y, self.gamma_2, x.dtype))
         return x, weights
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For programs of torch.fx, which hold it as it is; see ``scripted``."""
+        from .scripted import ScriptedBlock
+
+        return ScriptedBlock(self)
+
     def _takes_kernels(self, x: Tensor) -> bool:
         """Whether norms, layer scales and residual sums of these tokens shall run as Triton kernels.
 

@@ -69,6 +69,12 @@ class BeitPatchEmbed(PatchEmbed):
             x = F.pad(x, (0, (W + pw - 1) // pw * pw - W, 0, (H + ph - 1) // ph * ph - H))
         return self.norm(self._project(x))  # B, h, w, C
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """For programs of torch.fx, which hold it as it is; see ``scripted``."""
+        from .scripted import ScriptedPatchEmbed
+
+        return ScriptedPatchEmbed(self)
+
     def _project(self, x: Tensor) -> Tensor:
         """The convolution: patches do not overlap, so one product of all with the kernel does, and is faster.
 

@@ -6,22 +6,24 @@ program cannot compute how tables are resized, so it brings the matrices for sid
 Shapes: B batch, C channels, h w grid, N = 1 + h*w tokens, K heads, D head dim.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit._builtins import _register_builtin
 
 from .attention import Attention
 from .block import Block
 from .embed import BeitPatchEmbed
-from .relative_position import relative_position_index
+from .relative_position import bias_geometry, relative_position_index
 from .resample import apply_positions, apply_resize, axis_matrix
 
 # what a class says of its attributes TorchScript takes for their types, and refines none of them: so it says nothing
 # pyright: reportArgumentType=false, reportIndexIssue=false
 
-__all__ = ['ScriptedBeit']
+__all__ = ['ScriptedBeit', 'ScriptedBlock', 'ScriptedPatchEmbed']
 
 MAX_SIDE = 128  # patches: 2048 pixels
 
@@ -75,7 +77,43 @@ class _Block(nn.Module):
         return x + self.drop_path2(y)
 
 
-class _PatchEmbed(nn.Module):
+class ScriptedBlock(nn.Module):
+    """A block by itself, as programs of torch.fx call it."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = _Block(block)
+
+    def forward(
+        self,
+        x: Tensor,
+        geometry: tuple[Tensor, Tensor, Tensor] | None = None,
+        shared_bias: Tensor | None = None,
+        windows: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert geometry is not None and windows is None and head_mask is None and not return_weights
+        weights: Tensor | None = None
+        return self.block(x, geometry[0], geometry[1], geometry[2], shared_bias), weights
+
+
+@torch.library.custom_op('beit_plugin::bias_geometry', mutates_args=())
+def _geometry_op(
+    window_size: Sequence[int], grid: Sequence[int], rule: str, device: torch.device, with_index: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Index and matrices of ``bias_geometry``, which a program of torch.fx calls when it is compiled."""
+    (old_h, old_w), (h, w) = window_size, grid
+    found = bias_geometry((old_h, old_w), (h, w), rule, device)
+    to_y, to_x = found.matrices or (torch.eye(2 * side - 1, dtype=torch.float32, device=device) for side in (h, w))
+    assert found.index is not None
+    return found.index[:, : 1 + h * w].clone(), to_y.clone(), to_x.clone()
+
+
+_register_builtin(bias_geometry, 'beit_plugin::bias_geometry')
+
+
+class ScriptedPatchEmbed(nn.Module):
     def __init__(self, embed: BeitPatchEmbed) -> None:
         super().__init__()
         self.patch_h, self.patch_w = embed.patch_size
@@ -122,7 +160,7 @@ class ScriptedBeit(nn.Module):
                 'TorchScript cannot take a model with window_size; use torch.export, or build it without windows'
             )
         self.global_pool, self.max_side = model.global_pool, MAX_SIDE
-        self.patch_embed, self.pos_drop = _PatchEmbed(model.patch_embed), model.pos_drop
+        self.patch_embed, self.pos_drop = ScriptedPatchEmbed(model.patch_embed), model.pos_drop
         self.blocks = nn.ModuleList(_Block(block) for block in model.blocks)
         self.norm, self.fc_norm, self.head_drop, self.head = model.norm, model.fc_norm, model.head_drop, model.head
         self.cls_token = model.cls_token
@@ -142,7 +180,7 @@ class ScriptedBeit(nn.Module):
         x = self.patch_embed(x)  # B, h, w, C
         B, h, w, _ = x.shape
         if h > self.max_side or w > self.max_side:
-            raise ValueError('this program takes images of up to 128 patches a side: tile or shrink them')
+            raise ValueError('the image has more patches a side than this program has matrices for: tile or shrink it')
         x = torch.cat((self.cls_token.to(x.dtype).expand(B, -1, -1), x.flatten(1, 2)), dim=1)  # B, N, C
         if self.pos_embed is not None:
             to_y = self.positions_to_y[h * (h - 1) // 2 : h * (h + 1) // 2]  # rows: 1, 2, 3, ...

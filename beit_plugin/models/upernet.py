@@ -147,7 +147,9 @@ class UPerNetLayers(nn.Module):
 
 def _classifier(channels: int, num_classes: int, device: Any, dtype: torch.dtype | None) -> nn.Conv2d:
     if num_classes < 1:
-        raise ValueError(f'num_classes must be at least 1, got {num_classes}; a backbone with features_only has no head')
+        raise ValueError(
+            f'num_classes must be at least 1, got {num_classes}; a backbone with features_only has no head'
+        )
     conv = nn.Conv2d(channels, num_classes, kernel_size=1, device=device, dtype=dtype)
     nn.init.normal_(conv.weight, std=0.01)  # mmsegmentation's BaseDecodeHead
     nn.init.zeros_(conv.bias)  # pyright: ignore[reportArgumentType]

@@ -84,7 +84,7 @@ def test_what_does_not_fit():
     program = torch.jit.script(Beit(**SMALL).eval())
     with pytest.raises(torch.jit.Error, match='smaller than a patch: enlarge or pad it'):
         program(images(8, 80))
-    with pytest.raises(torch.jit.Error, match='of up to 128 patches a side: tile or shrink them'):
+    with pytest.raises(torch.jit.Error, match='more patches a side than this program has matrices for: tile or shrink it'):
         program(images(16, 16 * 13))
     with pytest.raises(ValueError, match=r'TorchScript cannot take a model with window_size; use torch\.export'):
         torch.jit.script(Beit(**SMALL, window_size=2))
@@ -96,3 +96,23 @@ def test_as_part_of_a_larger_model():
     model = nn.Sequential(randomize(Beit(**SMALL)), nn.Softmax(-1)).eval()
     expected = model(images(48, 80))
     assert relative_error(torch.jit.script(model)(images(48, 80)), expected) < 1e-5
+
+
+def test_programs_of_graphs():
+    """Of torch.fx, which hold patches and blocks as they are, as timm's own tests ask for."""
+    pytest.importorskip('torchvision')
+    from timm.models import get_notrace_functions, get_notrace_modules
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = randomize(Beit(**SMALL)).eval()
+    tracing = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    graph = create_feature_extractor(model, ['head'], tracer_kwargs=tracing)
+    program = torch.jit.script(graph)
+    for size in ((48, 80), (80, 48), (33, 70)):
+        x = images(*size)
+        assert relative_error(program(x)['head'], model(x)) < 1e-5
+    program(x)['head'].square().sum().backward()
+    got = model.blocks[0].attn.relative_position_bias_table.grad.clone()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert relative_error(got, model.blocks[0].attn.relative_position_bias_table.grad) < 1e-5
