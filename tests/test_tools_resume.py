@@ -85,7 +85,9 @@ def test_killed(config):
     for step in steps:
         start(config, killed, kill_at=step)
     last_line = start(config, killed)
-    assert re.fullmatch(r'mIoU [\d.]+ after 20 iterations, checkpoint .*/killed/iter_20.pth', last_line)
+    assert re.fullmatch(
+        r'mIoU [\d.]+ after 20 iterations, checkpoint .*/killed/iter_20.pth, curve .*/killed/curve.png', last_line
+    )
     assert last_line == expected.replace(str(whole), str(killed))
     assert losses(killed) == losses(whole) and len(losses(whole)) == ITERATIONS
 

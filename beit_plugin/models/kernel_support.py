@@ -59,6 +59,9 @@ def is_exporting() -> bool:
 def untraced() -> Iterator[None]:
     """What is computed inside is a constant to ``torch.jit.trace``."""
     state = torch._C._get_tracing_state()
+    if state is None:  # nor can it be set where a dispatch mode or another tracer is at work
+        yield
+        return
     torch._C._set_tracing_state(None)  # pyright: ignore
     try:
         yield

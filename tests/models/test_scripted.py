@@ -84,7 +84,9 @@ def test_what_does_not_fit():
     program = torch.jit.script(Beit(**SMALL).eval())
     with pytest.raises(torch.jit.Error, match='smaller than a patch: enlarge or pad it'):
         program(images(8, 80))
-    with pytest.raises(torch.jit.Error, match='more patches a side than this program has matrices for: tile or shrink it'):
+    with pytest.raises(
+        torch.jit.Error, match='more patches a side than this program has matrices for: tile or shrink it'
+    ):
         program(images(16, 16 * 13))
     with pytest.raises(ValueError, match=r'TorchScript cannot take a model with window_size; use torch\.export'):
         torch.jit.script(Beit(**SMALL, window_size=2))
