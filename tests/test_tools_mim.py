@@ -71,6 +71,7 @@ def test_tokenizer_then_pre_training(tmp_path):
     trained = tool(mim, *data, *common, '--amp', *options, cwd=tmp_path)
     assert re.search(r'model +BeitForMaskedImageModeling, ', trained) and 'masks       8 of 16 patches' in trained
     assert 'tokens      128 of VQKD, patches of 8 x 8 px of images of 32 px' in trained
+    assert re.search(r'memory      about \d+ MiB a process: ', trained)
     last = trained.splitlines()[-1]
     assert re.match(r'loss [\d.]+, token accuracy [\d.]+% \(most frequent token [\d.]+%\) after 4 iterations', last)
     assert (tmp_path / 'mim/pictures/iter_4.png').is_file() and list(tmp_path.glob('mim/*/vis_data/events*'))

@@ -119,7 +119,9 @@ def uses(what: Any, source: Any) -> list[str]:
         grid = '' if is_told else f', grid={what.grid}'
         lines.append(f'beit_plugin.checkpoints.load(model := {create}, {path!r}{grid})')
     if what.task == 'segmentor':
-        lines.append(f"load_from = '{path}'  # EncoderDecoder of BEiTBackbone, BEiTPyramid, BEiTUPerHead and BEiTFCNHead")
+        lines.append(
+            f"load_from = '{path}'  # EncoderDecoder of BEiTBackbone, BEiTPyramid, BEiTUPerHead and BEiTFCNHead"
+        )
     if Path(path).exists() or '://' in path:
         lines.append(f"dict(type='BEiTBackbone', ..., init_cfg=dict(type='Pretrained', checkpoint='{path}'))")
     return lines

@@ -23,11 +23,11 @@ def inner(model: Any) -> Any:
     return model
 
 
-def kept_bytes(module: Any, images: tuple[int, ...], amp: bool) -> int:
-    """What autograd keeps of a segmentor's forward pass, found on tensors without memory.
+def kept_bytes(module: Any, images: tuple[int, ...], amp: bool, **options: Any) -> int:
+    """What autograd keeps of a model's forward pass, found on tensors without memory.
 
     Args:
-        module: whose images (B, 3, H, W) are a batch of.
+        module: takes images (B, 3, H, W) of the shape ``images``, and the options.
         amp: under autocast to bfloat16.
     """
     import torch
@@ -53,9 +53,7 @@ def kept_bytes(module: Any, images: tuple[int, ...], amp: bool) -> int:
             }
             autocast = torch.autocast(device, torch.bfloat16) if amp else nullcontext()
             with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-                out = functional_call(
-                    module.train(), state, (torch.empty(*images, device=device),), dict(mode='tensor')
-                )
+                out = functional_call(module.train(), state, (torch.empty(*images, device=device),), options)
             own = {x.untyped_storage()._cdata for x in state.values()}
             held = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in own)
             del out  # not before: it holds what was kept
@@ -72,22 +70,27 @@ def size_of(number: int) -> str:
 
 
 def memory(cfg: Any, module: Any) -> tuple[int, int] | None:
-    """Estimate of what a segmentor's training holds in each process, in bytes: weights and optimiser; activations.
+    """Estimate of what a training holds in each process, in bytes: weights and optimiser; activations.
 
-    None where the configuration fixes no size of images, or where the model cannot run without values.
+    None where the configuration fixes no size of images, of a tokenizer, or where the model cannot run without values.
     """
-    size = getattr(getattr(module, 'data_preprocessor', None), 'size', None)
-    if size is None or is_pretraining(cfg):
+    options: dict[str, Any] = {}
+    if is_pretraining(cfg):  # the head on all patches stands for that on the masked ones and the loss
+        size = (cfg.train_dataloader.dataset.get('views', {}).get('size', 224),) * 2
+        module = module.model if cfg.model.type == 'BEiTPretrainer' else None
+    else:
+        size, options = getattr(getattr(module, 'data_preprocessor', None), 'size', None), dict(mode='tensor')
+    if size is None or module is None:
         return None
     images = (cfg.train_dataloader.batch_size, 3, *size)
     amp = cfg.optim_wrapper.get('type') in ('BEiTBF16OptimWrapper', 'AmpOptimWrapper')
     recomputing = [part for part in module.modules() if getattr(part, 'grad_checkpointing', False)]
     try:
-        held = kept_bytes(module, images, amp)
+        held = kept_bytes(module, images, amp, **options)
         for part in recomputing:
             part.grad_checkpointing = False
         if recomputing:  # and in the backward pass those of one block
-            held += kept_bytes(module, images, amp) // sum(len(part.blocks) for part in recomputing)
+            held += kept_bytes(module, images, amp, **options) // sum(len(part.blocks) for part in recomputing)
     except Exception:  # whatever other people's modules do; a training does not stop for an estimate
         return None
     finally:
