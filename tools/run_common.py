@@ -25,6 +25,7 @@ CONSOLE_NOISE = (
     'Config:\n',
     'Hooks will be executed',
     'Distributed training is not used',
+    'decay: lr ',  # the groups of the optimiser: two lines for each layer
     'The prefix is not set in metric class',
     '"FileClient" will be deprecated',
     '"HardDiskBackend" is the alias',
