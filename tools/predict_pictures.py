@@ -56,9 +56,12 @@ def overlay(image: Image.Image, label: np.ndarray, classes: Sequence[str], palet
 def attention_maps(
     image: Image.Image, weights: Sequence[Any], grid: tuple[int, int], chosen: Sequence[tuple[int, int]], path: Path
 ) -> None:
-    """How strongly [CLS] looks at each patch, over the grey image; a panel for each chosen block and head."""
+    """How strongly [CLS] looks at each patch, over the grey image; a panel for each chosen block and head.
+
+    Colours go from the least to the most of a panel; its title says the most, as a multiple of equal attention.
+    """
     plt = _pyplot()
-    columns = min(6, len(chosen))
+    columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     aspect = image.height / image.width
     size = (columns * COLUMN, rows * (max(0.2, min(5.0, aspect)) * COLUMN + 0.3))
@@ -70,6 +73,7 @@ def attention_maps(
         seen = weights[block][head, 0, 1:].reshape(grid).numpy()
         axis.imshow(image.convert('L'), cmap='gray', extent=extent)
         axis.imshow(seen, cmap='inferno', alpha=0.65, interpolation='bilinear', extent=extent)
-        axis.set_title(f'block {block}, head {head}', fontsize='small')
-    figure.savefig(path, dpi=100)
+        axis.set_title(f'block {block}, head {head}: up to {seen.max() * seen.size:.1f}x', fontsize='small')
+    figure.suptitle('bright: what [CLS] looks at', fontsize='small')
+    figure.savefig(path, dpi=160)
     plt.close(figure)
