@@ -19,8 +19,6 @@ EXAMPLES = """examples:
   torchrun --nproc_per_node 2 tools/benchmark_ddp.py --model mim
   torchrun --nproc_per_node 2 tools/benchmark_ddp.py --variant tiny --size 64 --batch 2 --steps 5      on a CPU
 """
-CLASSES, VOCABULARY = 150, 8192  # ADE20K; DALL-E's tokens
-MASKED = 75 / 196  # of the patches: BEiT, arXiv:2106.08254, section 2.3
 SIZES = {'segmentor': (640, 8), 'mim': (224, 128)}  # pixels, images
 WARM_UP = 5  # steps
 
@@ -42,6 +40,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     import torch
+    from benchmark_models import CLASSES, MASKED, VOCABULARY
     from torch import distributed, nn
 
     from beit_plugin.masking import RandomMasking

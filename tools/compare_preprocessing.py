@@ -74,6 +74,7 @@ def main() -> None:
         raise DataError('transformers, one of the peers, is not installed: pip install transformers.')
     warnings.filterwarnings('ignore')  # of the peers, while they are imported
     import torch
+    from predict import reason
     from predict_models import read_image
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from tqdm import tqdm
@@ -95,7 +96,7 @@ def main() -> None:
         try:
             image = read_image(path)
         except UNREADABLE as error:
-            failed.append(f'{path} ({str(error).splitlines()[0]})')
+            failed.append(f'{path} ({reason(error)})')
             continue
         ours = {backend: processor(image).pixel_values[0] for backend, processor in processors.items()}
         for name, backend, prepare in peers:

@@ -39,6 +39,11 @@ class MIMOutput(NamedTuple):
     cls_pt_logits: Tensor | None = None  # of the [CLS] branch, shaped as logits
 
 
+def _refuse_pooling(global_pool: str | None) -> None:
+    if global_pool:
+        raise ValueError(f'patches are predicted one by one, so global_pool must be left out, got {global_pool!r}')
+
+
 class BeitForMaskedImageModeling(Beit):
     """BEiT with a linear layer that predicts visual tokens (v1).
 
@@ -54,8 +59,7 @@ class BeitForMaskedImageModeling(Beit):
     """
 
     def __init__(self, *, vocab_size: int = 8192, **kwargs: Any) -> None:
-        if pool := kwargs.pop('global_pool', ''):
-            raise ValueError(f'patches are predicted one by one, so global_pool must be left out, got {pool!r}')
+        _refuse_pooling(kwargs.pop('global_pool', None))
         kwargs = {'use_mask_token': True, 'use_rel_pos_bias': False, 'use_shared_rel_pos_bias': True, **kwargs}
         super().__init__(num_classes=vocab_size, global_pool='', use_fc_norm=False, **kwargs)
         self._guard = LabelGuard('use the tokenizer that the model was built for, or set vocab_size to its vocabulary')
@@ -96,8 +100,7 @@ class BeitForMaskedImageModeling(Beit):
         Raises:
             ValueError: another pooling, or a negative vocabulary.
         """
-        if global_pool:
-            raise ValueError(f'patches are predicted one by one, so global_pool must be left out, got {global_pool!r}')
+        _refuse_pooling(global_pool)
         self._set_head(num_classes, device=self.cls_token.device, dtype=self.cls_token.dtype)
         self._draw_layer(self.lm_head)
         self.lm_head.train(self.training)
