@@ -30,11 +30,12 @@ EXAMPLES = """examples:
   python tools/benchmark.py segmentor --sizes 640:8 --only ours transformers
   python tools/benchmark.py evaluation --sizes 1024x2048:1 --backends auto         with mmsegmentation
   python tools/benchmark.py mim --backends auto
+  python tools/benchmark.py ops --dtype float32 bfloat16                           of mmcv, against torchvision's
   python tools/benchmark.py encoder --variant tiny --sizes 224:2 --dtype float32   on a CPU
 """
 DEFAULT_SIZES = {
     'attention': '224:128 640:16 1024:4', 'encoder': '224:128 640:16 1024:4', 'pyramid': '1024:2 1024:8',
-    'segmentor': '640:8', 'mim': '224:128', 'evaluation': '1024x2048:1',
+    'segmentor': '640:8', 'mim': '224:128', 'evaluation': '1024x2048:1', 'ops': '800x1344:2',
 }  # fmt: skip
 COMPILE = ('off', 'default', 'max-autotune', 'reduce-overhead')
 PEERS = {
@@ -86,8 +87,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=Path('benchmark'), metavar='DIR')
     args = parser.parse_args()
     args.sizes = args.sizes or [size(text) for text in DEFAULT_SIZES[args.what].split()]
-    if args.what == 'evaluation' and find_spec('mmseg') is None:
-        parser.error("evaluation is mmsegmentation's: pip install 'beit-plugin[mmseg]'")
+    if args.what in ('evaluation', 'ops') and find_spec('mmseg') is None:
+        parser.error(f"{args.what} needs OpenMMLab: pip install 'beit-plugin[mmseg]'")
     if args.what == 'attention' and 'auto' in args.backends:
         parser.error('--backends auto belongs to models; attention is measured by backend')
     return args
@@ -184,6 +185,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     import benchmark_evaluation
     import benchmark_mim
     import benchmark_models
+    import benchmark_ops
     import benchmark_report
     import torch
     from benchmark_clock import Clock, matmul_ceiling
@@ -192,8 +194,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         warnings.filterwarnings('ignore', message=message)
     torch.manual_seed(0)
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    attention, evaluation = args.what == 'attention', args.what == 'evaluation'
-    modules = dict(attention=benchmark_cases, evaluation=benchmark_evaluation, mim=benchmark_mim)
+    attention, ops = args.what == 'attention', args.what == 'ops'
+    modules = dict(attention=benchmark_cases, evaluation=benchmark_evaluation, mim=benchmark_mim, ops=benchmark_ops)
     cases = getattr(modules.get(args.what, benchmark_models), f'{args.what}_cases')
     results: dict[str, Any] = dict(
         date=str(date.today()), command=' '.join(sys.argv[1:]), hardware=benchmark_report.hardware(str(device)),
@@ -211,19 +213,20 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     absent = [name for name in PEERS.get(args.what, ()) if find_spec(name) is None]
     if absent:
         print(f'left out, for not installed: {", ".join(absent)}', flush=True)
-    clock = Clock(device, args.seconds, isolated=attention)
+    clock = Clock(device, args.seconds, isolated=attention or ops)
     for setting in settings:
         name = str(setting.dtype).removeprefix('torch.')
         if name not in results['ceilings']:
             n, tflops = matmul_ceiling(device, setting.dtype)
             results['ceilings'][name] = dict(n=n, tflops=tflops)
         count = benchmark_cases.attention_flops if attention else partial(benchmark_models.model_flops, args.what)
-        flops = {} if evaluation else {key: count(setting, training=key == 'train') for key in NAMES}
+        counted = args.what not in benchmark_report.UNCOUNTED
+        flops = {} if not counted else {key: count(setting, training=key == 'train') for key in NAMES}
         makers = chosen(cases(setting), args.only, args.skip)
         for mode, (label, make) in product(args.compile, makers.items()):
             row = dict(
                 pixels=[setting.height, setting.width], batch=setting.batch, tokens=setting.tokens, dtype=name,
-                compile=mode, name=label,
+                compile=mode, name=label, group=label.partition(',')[0] if ops else '',
             )  # fmt: skip
             row |= measure_row(make, clock, mode, flops, results['ceilings'][name]['tflops'], setting.batch)
             results['rows'].append(row)

@@ -34,11 +34,25 @@ class TimmMim(nn.Module):
         return F.cross_entropy(self.lm_head(encoder.norm(x)[:, 1:][mask]), labels)
 
 
+class Tokenized(nn.Module):
+    """A masked image model that gets its labels from DALL-E's tokenizer, as BEiT v1 is trained."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        from beit_plugin.tokenizers.dalle import DalleEncoder, DalleTokenizer
+
+        self.model, self.tokenizer = model, DalleTokenizer(DalleEncoder()).eval().requires_grad_(False)
+
+    def forward(self, x: Tensor, mask: Tensor, view: Tensor) -> Tensor:
+        return self.model(x, mask, self.tokenizer.encode(view)).loss
+
+
 def mim_cases(s: Setting) -> Makers:
     """Images and a mask to the loss of the visual tokens of 75 of 196 patches, one bias for all layers.
 
     transformers runs its head on all patches. mmpretrain's model is called at its backbone and its head, because the
-    target would else be computed from a tokenizer. The bound is ours without a bias.
+    target would else be computed from a tokenizer. The bound is ours without a bias. Labels are at hand; "with dVAE" has
+    them computed in every step, from a second view of the images.
     """
     h, w = s.grid
     count = masked_patches(s)
@@ -55,6 +69,13 @@ def mim_cases(s: Setting) -> Makers:
 
         options = dict(vocab_size=VOCABULARY, **options, **sizes(s))
         return case(lambda: BeitForMaskedImageModeling(**options), lambda m, x, *y: m(x, *y).loss)
+
+    def tokenized(backend: str) -> Case:
+        from beit_plugin.models.mim import BeitForMaskedImageModeling
+
+        view = torch.rand(s.batch, 3, 8 * h, 8 * w, device=s.device)  # a token for each patch
+        options = dict(vocab_size=VOCABULARY, attn_backend=backend, **sizes(s))
+        return model_case(lambda: Tokenized(BeitForMaskedImageModeling(**options)), s, (mask, view), (mask, view))
 
     def transformers() -> Case:
         from transformers import BeitForMaskedImageModeling
@@ -89,4 +110,5 @@ def mim_cases(s: Setting) -> Makers:
     makers['timm Beit'] = lambda: model_case(lambda: TimmMim(sizes(s)), s, targets, targets)
     makers |= {'transformers': transformers} if find_spec('transformers') else {}
     makers |= {'mmpretrain': mmpretrain} if find_spec('mmpretrain') else {}
-    return makers | {f'ours, {backend}': (lambda b=backend: ours(attn_backend=b)) for backend in s.backends}
+    makers |= {f'ours, {backend}': (lambda b=backend: ours(attn_backend=b)) for backend in s.backends}
+    return makers | {f'ours, {backend}, with dVAE': (lambda b=backend: tokenized(b)) for backend in s.backends}

@@ -18,6 +18,7 @@ from run_common import run
 PACKAGES = (
     'torch', 'triton', 'timm', 'transformers', 'mmsegmentation', 'mmpretrain', 'mmengine', 'mmcv', 'mmcv-lite', 'numpy',
 )  # fmt: skip
+UNCOUNTED = ('evaluation', 'ops')  # what has no number of operations
 LONGEST_REASON = 160  # characters in a table; the JSON has all
 Row = dict[str, Any]
 
@@ -110,7 +111,7 @@ def curves(results: Row, key: str, value: str) -> dict[str, list[tuple[int, floa
 
 
 def _group(row: Row) -> tuple[Any, ...]:
-    return (*row['pixels'], row['batch'], row['dtype'], row['compile'])
+    return (*row['pixels'], row['batch'], row['dtype'], row['compile'], row.get('group', ''))
 
 
 def _times(value: float | None, bound: float | None, digits: int) -> str:
@@ -124,14 +125,18 @@ def _heading(results: Row) -> list[str]:
     options = results['options']
     what = options['what']
     of = f'{options["heads"]} heads of {options["head_dim"]}' if what == 'attention' else f'BEiT-{options["variant"]}'
+    of = 'of mmcv' if what == 'ops' else of
     ceilings = [f'{c["tflops"]:.3g} TFLOP/s {name} ({c["n"]}^3)' for name, c in results['ceilings'].items()]
     packages = ', '.join(f'{name} {number}' for name, number in results['versions'].items())
     notes = (
-        'Medians; in brackets the multiple of the first row of the same size, dtype and compilation. '
+        f'Medians; in brackets the multiple of the first row of the same {"operator, " if what == "ops" else ""}size, dtype '
+        'and compilation. '
         f'Measured matmul ceiling: {", ".join(ceilings)}; % is the share of it. '
     )
     if what == 'attention':
         notes += 'On a GPU in half precision the rows without a bias are held to flash attention.'
+    elif what == 'ops':
+        notes += 'torchvision gets float32, to which autocast casts for it.'
     elif what == 'evaluation':
         notes += 'Images come from the memory of the CPU. Memory is the peak above the weights.'
     else:
@@ -146,7 +151,7 @@ def _heading(results: Row) -> list[str]:
 def table(results: Row) -> str:
     """All rows as Markdown, with hardware, versions, the ceiling, and the exponents of time against N."""
     what = results['options']['what']
-    models, parts = what != 'attention', {'forward': 'forward', 'train': 'forward + backward'}
+    models, parts = what not in ('attention', 'ops'), {'forward': 'forward', 'train': 'forward + backward'}
     if models:
         parts = {'forward': 'inference', 'train': 'training'}
     if what == 'evaluation':
@@ -154,7 +159,7 @@ def table(results: Row) -> str:
     last = list(parts)[-1]
     columns = ['pixels, batch', 'N', '']
     for name in parts.values():
-        columns += [f'{name}, ms', *(['images/s'] if models else []), *([] if what == 'evaluation' else ['TFLOP/s'])]
+        columns += [f'{name}, ms', *(['images/s'] if models else []), *([] if what in UNCOUNTED else ['TFLOP/s'])]
     columns.append(f'peak, {parts[last]}, MiB' if models else 'peak above the inputs, MiB')
     lines = [*_heading(results), f'| {" | ".join(columns)} |', '|---' * len(columns) + '|']
     first: dict[Any, Row] = {}
@@ -167,11 +172,15 @@ def table(results: Row) -> str:
         else:
             bound = first.setdefault(_group(row), row)
             for key in parts:
+                if key not in row:
+                    cells.append('-')
+                    continue
                 part = row[key]
                 cells.append(_times(part['ms'], bound[key]['ms'], 3))
                 cells += [f'{part["images_per_s"]:.4g}'] if models else []
                 cells += [f'{part["tflops"]:.3g} ({100 * part["share"]:.0f} %)'] if 'tflops' in part else []
-            cells.append(_times(row[last]['mib'], bound[last]['mib'], 0))
+            peak = last if last in row else 'forward'
+            cells.append(_times(row[peak]['mib'], bound[peak]['mib'], 0))
         lines.append(f'| {" | ".join(cells)} |')
     fits = [
         f'{name}: {", ".join(f"{a:.2f}" for a in powers if a is not None)}'

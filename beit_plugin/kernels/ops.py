@@ -23,7 +23,7 @@ __all__ = ['DTYPES', 'HEAD_DIMS', 'attend', 'lengthen_table', 'reduce_to_table']
 kernels: Any = rel_pos_attention  # a kernel is called by grid and options that its signature does not show
 
 HEAD_DIMS = range(16, 129, 16)
-MIN_PROGRAMS = 264  # two for each multiprocessor of an H200: with fewer blocks the batch is split among more programs
+PROGRAMS = 396  # of grad_bias that run at once on an H200: three on each multiprocessor
 HOPPER_MEMORY = 227 * 1024  # bytes of shared memory that a program may have on an H100 or H200
 LARGEST_BLOCK = 128  # tokens; what the kernels read of all tokens is padded to a multiple of it
 ROW_ALIGNMENT = 64  # elements to which rows of the gradient of the bias are padded
@@ -155,12 +155,20 @@ class Folding(NamedTuple):
         columns: of the rows that are kept whole, padded.
         size: elements of one head.
         tiles: of one head that are kept.
+        longest: tiles that the longest diagonal has.
+        all_tiles: of one head.
     """
 
     period: int
     columns: int
     size: int
     tiles: int
+    longest: int
+    all_tiles: int
+
+    def splits(self, batch: int, heads: int) -> int:
+        """Programs that share a diagonal, so that the longest takes half of the time that all take, or less."""
+        return max(1, min(self.longest * batch, round(2 * PROGRAMS * self.longest / (self.all_tiles * heads))))
 
 
 def fold(patches: int, w: int, block_m: int, block_n: int) -> Folding:
@@ -172,7 +180,8 @@ def fold(patches: int, w: int, block_m: int, block_n: int) -> Folding:
     tiles_m, tiles_n = ceil_div(patches, block_m), ceil_div(patches, block_n)
     beyond_m, beyond_n = max(0, tiles_m - period // block_m), max(0, tiles_n - period // block_n)
     size = min(period, patches) * columns + max(0, patches - period) * period
-    return Folding(period, columns, size, tiles_m * tiles_n - beyond_m * beyond_n)
+    longest = min(ceil_div(tiles_m * block_m, period), ceil_div(tiles_n * block_n, period))
+    return Folding(period, columns, size, tiles_m * tiles_n - beyond_m * beyond_n, longest, tiles_m * tiles_n)
 
 
 def reduce_to_table(
@@ -194,8 +203,8 @@ def reduce_to_table(
     splits, K, size = folded.shape
     width = 2 * w - 1
     grad_table = torch.empty((2 * h - 1) * width + 3, K, dtype=dtype, device=folded.device)
-    block_o = min(128, power_of_2(width))
-    _small_launcher('table_sums_kernel', P=prefix, BLOCK_R=32, BLOCK_O=block_o, BLOCK=256)(
+    block_o = max(16, min(128, power_of_2(width)))
+    _small_launcher('table_sums_kernel', P=prefix, BLOCK_R=4096 // block_o, BLOCK_O=block_o, BLOCK=256)(
         (2 * h, ceil_div(width, block_o), K),
         folded, cls, grad_table, splits, cls.shape[1], K, h, w, size, folding.columns, folding.period,
     )  # fmt: skip
@@ -257,7 +266,7 @@ def _run_backward(
             return grad_qkv, table.new_empty(0)
         launch, blocks = _launcher('grad_bias', *form)
         folding = fold(h * w, w, blocks.BLOCK_M, blocks.BLOCK_N)
-        splits = max(1, min(B, MIN_PROGRAMS // (folding.tiles * K)))
+        splits = folding.splits(B, K)
         # sums of many tiles are few, and are kept in full
         kept = qkv.dtype if splits == 1 and folding.period >= h * w else torch.float32
         folded = torch.empty(splits, K, folding.size, dtype=kept, device=qkv.device)

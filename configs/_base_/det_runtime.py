@@ -3,6 +3,7 @@
 _base_ = './runtime.py'
 
 default_scope = 'mmdet'
+env_cfg = dict(cudnn_benchmark=False)  # the number of proposals changes: each would be measured anew
 default_hooks = dict(
     checkpoint=dict(interval=5000),
     visualization=dict(_delete_=True, type='DetVisualizationHook'),

@@ -18,8 +18,9 @@ from beit_plugin.models.relative_position import relative_position_index
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 HALF = torch.bfloat16 if CUDA else torch.float16
-# rounding of the weights and of the scores' gradient to the dtype of the matrix units; float32 has neither
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# rounding of the weights and of the scores' gradient to the dtype of the matrix units; float32 has neither, but sums of up
+# to 9217 tokens (5.3e-6 seen)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SMALL = [((3, 5), 2), ((1, 7), 1), ((7, 1), 1), ((8, 8), 2), ((9, 15), 2)]  # N = 16, 8, 8, 65, 136
 LARGE = [((14, 14), 8), ((24, 24), 4), ((32, 32), 4), ((40, 40), 4), ((24, 66), 4), ((64, 64), 2), ((96, 96), 1)]
 
@@ -210,12 +211,12 @@ def test_every_element_is_written(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize('min_programs', [1, 10_000])
-def test_splitting_the_batch(min_programs, monkeypatch):
+@pytest.mark.parametrize('programs', [1, 10_000])
+def test_splitting_the_batch(programs, monkeypatch):
     """In place of the bias, and in several parts that are added up."""
     from beit_plugin.kernels import ops
 
-    monkeypatch.setattr(ops, 'MIN_PROGRAMS', min_programs)
+    monkeypatch.setattr(ops, 'PROGRAMS', programs)
     grid = (3, 5)
     arguments = inputs(grid, 5, 2, 32, torch.float32)
     got, expected = ours(*arguments, grid), reference(*arguments, grid)
@@ -273,12 +274,12 @@ def test_reduction_to_the_table(grid, prefix, splits):
     ('grid', 'head_dim'), [((36, 4), 16), ((22, 8), 16), ((9, 16), 16), ((13, 12), 16), ((40, 8), 128)]
 )
 @pytest.mark.parametrize('prefix', [0, 1])
-@pytest.mark.parametrize('min_programs', [1, 10_000])
-def test_tiles_of_the_same_bias(grid, head_dim, prefix, min_programs, monkeypatch):
+@pytest.mark.parametrize('programs', [1, 10_000])
+def test_tiles_of_the_same_bias(grid, head_dim, prefix, programs, monkeypatch):
     """Tiles along a diagonal are added up, in one program and in several."""
     from beit_plugin.kernels import ops
 
-    monkeypatch.setattr(ops, 'MIN_PROGRAMS', min_programs)
+    monkeypatch.setattr(ops, 'PROGRAMS', programs)
     h, w = grid
     assert (fold(h * w, w, 64, 64).period < h * w) == (grid != (13, 12))
     arguments = inputs(grid, 3, 2, head_dim, torch.float32, prefix)
