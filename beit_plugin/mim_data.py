@@ -1,4 +1,4 @@
-"""Images for masked image modelling: files wherever they lie, one random crop in two views, masks for whole batches.
+"""Images for masked image modelling: one random crop in two views, masks for whole batches.
 
 Papers:
     BEiT, https://arxiv.org/abs/2106.08254, section 2.5; BEiT v2, https://arxiv.org/abs/2208.06366, appendix
@@ -16,7 +16,6 @@ Shapes: B images, C channels, H W pixels, h w grid in patches.
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from .image_inputs import read_image
+from .image_list import ImageList
 from .masking import BlockMasking, RandomMasking
 from .models.checks import height_and_width
 
-__all__ = ['LISTS', 'SUFFIXES', 'ImageFiles', 'TwoViews', 'find_images', 'mim_collate']
+__all__ = ['ImageFiles', 'TwoViews', 'mim_collate']
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-LISTS = ('.txt', '.lst')
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ('bilinear', 'bicubic', 'lanczos')}
 _TRIES = 100  # at another image in place of one that cannot be read, before a training ends
 Sample = dict[str, Tensor]
@@ -111,7 +109,7 @@ class ImageFiles(Dataset[Sample]):
     """Images without labels, by their files.
 
     Args:
-        roots: see ``find_images``.
+        roots: see ``image_list.ImageList``.
         views: what makes a sample of an RGB image.
         on_broken: called with the file and a sentence where one cannot be read; another image, at random, takes its
             place. None: the sentence is raised.
@@ -126,20 +124,15 @@ class ImageFiles(Dataset[Sample]):
         views: TwoViews,
         on_broken: Callable[[str, str], None] | None = None,
     ) -> None:
-        files = [os.fsencode(path) for path in find_images(roots)]
-        # one block of bytes: workers would copy a list of millions of strings, object by object, as they count them
-        self._names = np.frombuffer(b''.join(files), np.uint8)
-        self._ends = np.cumsum([len(name) for name in files])
+        self.files = ImageList(roots)
         self.views, self.on_broken = views, on_broken
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.files)
 
     def path(self, index: int) -> str:
-        """File of an image."""
-        end = int(self._ends[index])
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._names[start:end].tobytes())
+        """File of an image; of a member of an archive ``ARCHIVE/member``."""
+        return self.files.name(index)
 
     def __getitem__(self, index: int) -> Sample:
         for _ in range(_TRIES):
@@ -160,45 +153,10 @@ class ImageFiles(Dataset[Sample]):
         Raises:
             ValueError: a file that is missing, damaged or no image; the sentence names it.
         """
-        path = self.path(index)
-        pixels = read_image(path, 'image', None, rgb=True, rescale_factor=None)
+        pixels = read_image(self.files.source(index), 'image', None, rgb=True, rescale_factor=None)
         if pixels.dtype != torch.uint8:
-            raise ValueError(f'image {path!r} holds {pixels.dtype} values: save it with 8 bits a channel')
+            raise ValueError(f'image {self.path(index)!r} holds {pixels.dtype} values: save it with 8 bits a channel')
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def find_images(roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Image files of folders and lists, in the same order each time.
-
-    Args:
-        roots: one or several of: a folder, whose images are taken at any depth (``SUFFIXES``, hidden ones left out; the
-            folders of classes of an ImageFolder too); a text file (``LISTS``) with a path on each line, relative to it.
-
-    Raises:
-        ValueError: a root that does not exist or holds no images, or none at all.
-    """
-    files: list[str] = []
-    for root in [roots] if isinstance(roots, (str, os.PathLike)) else roots:
-        path = Path(root).expanduser()
-        if path.is_dir():
-            found = sorted(
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(path, followlinks=True)
-                for name in names
-                if name.lower().endswith(SUFFIXES) and not name.startswith('.')  # macOS writes ._x.jpg
-            )
-        elif path.is_file() and path.suffix in LISTS:
-            lines = path.read_text(encoding='utf-8').splitlines()
-            found = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
-        else:
-            what = f'is neither a folder nor a list ({", ".join(LISTS)})' if path.exists() else 'does not exist'
-            raise ValueError(f'{path} {what}: give a folder of images or a text file with one path on each line')
-        if not found:
-            raise ValueError(f'{path} holds no images ({", ".join(SUFFIXES)}): give another folder or list')
-        files += found
-    if not files:
-        raise ValueError('got no folder and no list of images: give at least one')
-    return files
 
 
 def mim_collate(

@@ -7,7 +7,7 @@ from PIL import Image
 from pretraining_common import pictures
 
 from beit_plugin.masking import BlockMasking
-from beit_plugin.mim_data import ImageFiles, TwoViews, find_images, mim_collate
+from beit_plugin.mim_data import ImageFiles, TwoViews, mim_collate
 
 PLAIN = dict(color_jitter=0.0, hflip=0.0)
 
@@ -81,34 +81,6 @@ class TestViews:
 
 
 class TestFiles:
-    def test_folders_of_classes_and_lists(self, tmp_path):
-        root = pictures(tmp_path / 'data', 4)
-        (root / 'class0/._0.png').write_bytes(b'of macOS')
-        (root / 'notes.txt').write_text('no image')
-        found = find_images(root)
-        assert [path.removeprefix(f'{root}/') for path in found] == [f'class{i % 2}/{i}.png' for i in (0, 2, 1, 3)]
-        (tmp_path / 'list.txt').write_text(f'data/class1/3.png\n\n{found[0]}\n')
-        listed = find_images(tmp_path / 'list.txt')
-        assert listed == [str(tmp_path / 'data/class1/3.png'), found[0]]
-        both = ImageFiles([root, tmp_path / 'list.txt'], TwoViews(16, None))
-        assert [both.path(i) for i in range(len(both))] == found + listed
-
-    @pytest.mark.parametrize(
-        ('roots', 'sentence'),
-        [
-            ('nowhere', 'nowhere does not exist: give a folder of images or a text file'),
-            ('empty', 'empty holds no images'),
-            ('file.md', 'file.md is neither a folder nor a list'),
-            ([], 'got no folder and no list'),
-        ],
-    )
-    def test_sentences(self, tmp_path, monkeypatch, roots, sentence):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / 'empty').mkdir()
-        (tmp_path / 'file.md').touch()
-        with pytest.raises(ValueError, match=sentence):
-            find_images(roots)
-
     def test_broken_ones(self, tmp_path):
         root = pictures(tmp_path, 3)
         (root / 'class0/0.png').write_bytes((root / 'class0/0.png').read_bytes()[:200])

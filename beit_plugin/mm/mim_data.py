@@ -21,7 +21,7 @@ class BEiTImages(ImageFiles):
     """Folders and lists of images, each in the views of masked image modelling.
 
     Args:
-        data_root: one or several folders or lists, see ``mim_data.find_images``.
+        data_root: one or several folders, lists or archives, see ``image_list.ImageList``.
         views: arguments of ``mim_data.TwoViews``.
         on_error: 'skip' takes another image, at random, in place of one that cannot be read, and logs each such file
             once; 'raise' stops the training with one sentence that names it.
