@@ -1,4 +1,4 @@
-"""Images for masked image modelling: one random crop in two views, masks for whole batches.
+"""Images for masked image modelling: one random crop in two views, or one of a few fixed ones; masks of whole batches.
 
 Papers:
     BEiT, https://arxiv.org/abs/2106.08254, section 2.5; BEiT v2, https://arxiv.org/abs/2208.06366, appendix
@@ -8,7 +8,8 @@ much cheaper for large photographs (contrast is then about the mean of the crop)
 small on its way to the device, which divides and normalises.
 
 All random numbers come from torch's own generator, which a DataLoader seeds for each worker, and ``BEiTResumeHook`` for
-each batch.
+each batch. Where an image has a number of fixed views, these are functions of a seed, the image and the view alone, so
+that their tokens can be kept (``token_cache``).
 
 Shapes: B images, C channels, H W pixels, h w grid in patches.
 """
@@ -29,8 +30,9 @@ from .image_inputs import read_image
 from .image_list import ImageList
 from .masking import BlockMasking, RandomMasking
 from .models.checks import height_and_width
+from .token_cache import TokenCache
 
-__all__ = ['ImageFiles', 'TwoViews', 'mim_collate']
+__all__ = ['AllViews', 'ImageFiles', 'TwoViews', 'mim_collate']
 
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ('bilinear', 'bicubic', 'lanczos')}
 _TRIES = 100  # at another image in place of one that cannot be read, before a training ends
@@ -78,17 +80,21 @@ class TwoViews:
         if not 0 <= color_jitter <= 1 or not 0 <= hflip <= 1:
             raise ValueError(f'color_jitter and hflip must be from 0 to 1, got {color_jitter} and {hflip}')
         self.filters = INTERPOLATIONS[interpolation], INTERPOLATIONS[token_interpolation]
-        self.scale, self.ratio, self.hflip = list(scale), list(ratio), hflip
+        self.scale, self.ratio, self.color_jitter, self.hflip = list(scale), list(ratio), color_jitter, hflip
         self.jitter = ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
 
     def __call__(self, image: Image.Image) -> Sample:
         """An RGB image to ``inputs`` and, where the tokenizer has its own, ``token_view``; (3, H, W) uint8 each."""
+        return self.both(self.crop(image))
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The random part: a crop of an RGB image, its colours changed, maybe mirrored, of its own size."""
         top, left, height, width = RandomResizedCrop.get_params(image, self.scale, self.ratio)  # type: ignore[arg-type]
         image = image.crop((left, top, left + width, top + height))
         image = self.jitter(image) if self.jitter else image
         if torch.rand(()) < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self._views(image)
+        return image
 
     def center(self, image: Image.Image) -> Sample:
         """The views of the largest crop in the middle, as it is: the same each time."""
@@ -96,13 +102,33 @@ class TwoViews:
         H, W = self.size
         share = min(width / W, height / H)
         left, top = (width - W * share) / 2, (height - H * share) / 2
-        return self._views(image.crop((round(left), round(top), round(left + W * share), round(top + H * share))))
+        return self.both(image.crop((round(left), round(top), round(left + W * share), round(top + H * share))))
 
-    def _views(self, image: Image.Image) -> Sample:
-        sample = {'inputs': _resized(image, self.size, self.filters[0])}
-        if self.token_size is not None and (self.token_size, self.filters[1]) != (self.size, self.filters[0]):
-            sample['token_view'] = _resized(image, self.token_size, self.filters[1])
+    def both(self, crop: Image.Image) -> Sample:
+        """What ``__call__`` returns, of a crop."""
+        sample = {'inputs': self.encoder_view(crop)}
+        if self._for_tokens != (self.size, self.filters[0]):
+            sample['token_view'] = self.token_view(crop)
         return sample
+
+    def encoder_view(self, crop: Image.Image) -> Tensor:
+        """(3, H, W) uint8."""
+        return _resized(crop, self.size, self.filters[0])
+
+    def token_view(self, crop: Image.Image) -> Tensor:
+        """(3, H, W) uint8; where the tokenizer has no view of its own, that of the encoder."""
+        return _resized(crop, *self._for_tokens)
+
+    @property
+    def _for_tokens(self) -> tuple[tuple[int, int], Image.Resampling]:
+        return (self.size, self.filters[0]) if self.token_size is None else (self.token_size, self.filters[1])
+
+    def about_tokens(self) -> dict[str, Any]:
+        """All that the pixels of ``token_view`` depend on, but for the image and the random numbers."""
+        size, resampling = self._for_tokens
+        names = ('scale', 'ratio', 'color_jitter', 'hflip')
+        own = {name: getattr(self, name) for name in names}
+        return {'token_size': list(size), 'token_interpolation': resampling.name.lower(), **own}
 
 
 class ImageFiles(Dataset[Sample]):
@@ -113,9 +139,13 @@ class ImageFiles(Dataset[Sample]):
         views: what makes a sample of an RGB image.
         on_broken: called with the file and a sentence where one cannot be read; another image, at random, takes its
             place. None: the sentence is raised.
+        num_views: of each image, drawn once and for all; a sample is one of them, at random. None: a new one each time.
+        seed: of these views; by default 0.
+        token_cache: a file of ``tools/cache_tokens.py``, which has ``num_views`` and ``seed``; samples then carry
+            ``tokens`` (h, w) int64 in place of ``token_view``.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: nothing there, a number below 1, a seed without views, or a cache of other images or views.
     """
 
     def __init__(
@@ -123,9 +153,21 @@ class ImageFiles(Dataset[Sample]):
         roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         views: TwoViews,
         on_broken: Callable[[str, str], None] | None = None,
+        num_views: int | None = None,
+        seed: int | None = None,
+        token_cache: str | os.PathLike[str] | None = None,
     ) -> None:
+        if (num_views is not None and num_views < 1) or (seed is not None and seed < 0):
+            raise ValueError(f'num_views must be at least 1 and seed at least 0, got {num_views} and {seed}')
+        if seed is not None and num_views is None and token_cache is None:
+            raise ValueError(f'got seed={seed}, which is of fixed views: give their number as num_views, or no seed')
         self.files = ImageList(roots)
         self.views, self.on_broken = views, on_broken
+        self.token_cache = None if token_cache is None else TokenCache(token_cache)
+        if self.token_cache is not None:
+            self.token_cache.check(self.about_tokens(num_views, seed))
+            num_views, seed = self.token_cache.num_views, self.token_cache.seed
+        self.num_views, self.seed = num_views, seed or 0
 
     def __len__(self) -> int:
         return len(self.files)
@@ -134,10 +176,20 @@ class ImageFiles(Dataset[Sample]):
         """File of an image; of a member of an archive ``ARCHIVE/member``."""
         return self.files.name(index)
 
+    def about_tokens(self, num_views: int | None, seed: int | None) -> dict[str, Any]:
+        """What tokens are of: images, views and, unless None, their number and seed."""
+        given = {'num_views': num_views, 'seed': seed}
+        return {
+            'images': len(self),
+            'names': self.files.digest(),
+            **self.views.about_tokens(),
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
     def __getitem__(self, index: int) -> Sample:
         for _ in range(_TRIES):
             try:
-                return self.views(self.image(index))
+                return self._sample(index)
             except ValueError as error:
                 if self.on_broken is None:
                     raise
@@ -146,6 +198,20 @@ class ImageFiles(Dataset[Sample]):
         raise ValueError(
             f'none of {_TRIES} images in a row can be read, the last one is {self.path(index)}; check the disk'
         )
+
+    def _sample(self, index: int) -> Sample:
+        if self.num_views is None:
+            return self.views(self.image(index))
+        number = int(torch.randint(self.num_views, ()))
+        if self.token_cache is None:
+            return self.views.both(self.crop(self.image(index), index, number))
+        tokens = self.token_cache.tokens(index, number)
+        if tokens is None:
+            raise ValueError(
+                f'image {self.path(index)!r} has no tokens in {self.token_cache.path}, for it could not be read when '
+                'they were made: make them anew'
+            )
+        return {'inputs': self.views.encoder_view(self.crop(self.image(index), index, number)), 'tokens': tokens}
 
     def image(self, index: int) -> Image.Image:
         """An RGB image, turned by its EXIF data; see ``image_inputs.read_image``.
@@ -157,6 +223,42 @@ class ImageFiles(Dataset[Sample]):
         if pixels.dtype != torch.uint8:
             raise ValueError(f'image {self.path(index)!r} holds {pixels.dtype} values: save it with 8 bits a channel')
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+    def crop(self, image: Image.Image, index: int, number: int) -> Image.Image:
+        """A fixed view, before it gets a size; see ``TwoViews.crop``.
+
+        Args:
+            image: that of ``index``.
+            index: of the image.
+            number: of the view, from 0 to ``num_views`` - 1.
+        """
+        key = np.random.SeedSequence((self.seed, index, number)).generate_state(1, np.uint64)
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(int(key[0]))  # not torch's own, which is of all devices
+            return self.views.crop(image)
+
+
+class AllViews(Dataset[tuple[int, Tensor | None, str]]):
+    """All fixed views of each image for the tokenizer.
+
+    A sample is the number of the image, (num_views, 3, H, W) uint8, and nothing; or, where the image cannot be read,
+    its number, None, and why.
+    """
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        files = self.files
+        try:
+            image = files.image(index)
+        except ValueError as error:
+            return index, None, str(error)
+        crops = [files.crop(image, index, number) for number in range(files.num_views or 0)]
+        return index, torch.stack([files.views.token_view(crop) for crop in crops]), ''
 
 
 def mim_collate(
