@@ -9,6 +9,7 @@ Legend: B batch, C channels, H W pixels.
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from io import BytesIO
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,13 +17,24 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-__all__ = ['LAYOUTS', 'Layout', 'check_layout', 'flatten', 'read_image', 'read_label']
+__all__ = ['LAYOUTS', 'ImageBytes', 'Layout', 'check_layout', 'flatten', 'read_image', 'read_label']
 
 Layout = Literal['channels_first', 'channels_last', 'none']
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 _CHANNELS = (1, 3, 4)  # grey, RGB, RGBA: what a layout is guessed by
 _LABEL_MODES = ('1', 'L', 'P', 'I', 'I;16', 'I;16L', 'I;16B', 'I;16N')
 _FORMS = 'a file name, a Pillow image, a NumPy array or a tensor'
+
+
+class ImageBytes(BytesIO):
+    """The bytes of an image file that lies within another file, and what to call it in messages."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self.name = name
+
+    def __repr__(self) -> str:
+        return repr(self.name)  # as of a path; Pillow's messages have it
 
 
 def flatten(given: Any, name: str, dims: int) -> Iterator[tuple[str, Any]]:
@@ -54,7 +66,7 @@ def read_image(item: Any, name: str, layout: Layout | None, rgb: bool, rescale_f
     dropping the lower ones, as in OpenCV, True and False 255 and 0, as in Pillow.
 
     Args:
-        item: one image.
+        item: one image; its file may be ``ImageBytes`` too.
         name: its place, for the errors.
         layout: of arrays; None finds it by a first or last dimension of 1, 3 or 4. Two dimensions are always H and W.
         rgb: make it three channels: grey is repeated, palettes are looked up, what is transparent lies on white.
@@ -67,7 +79,7 @@ def read_image(item: Any, name: str, layout: Layout | None, rgb: bool, rescale_f
         ValueError: not an image, unreadable, empty, a layout that cannot be told, channels that do not become RGB,
             or values outside the range of pixels.
     """
-    if isinstance(item, str | os.PathLike | Image.Image):
+    if isinstance(item, str | os.PathLike | ImageBytes | Image.Image):
         pixels, layout = _pillow_pixels(_open(item, name), name, rgb), 'channels_last'
     else:
         pixels = item
@@ -127,7 +139,8 @@ def read_label(item: Any, name: str) -> Tensor:
 
 def _open(source: Any, name: str) -> Image.Image:
     """A Pillow image, read to its end and turned as its EXIF data say."""
-    file = '' if isinstance(source, Image.Image) else f' {os.fspath(source)!r}'
+    is_path = isinstance(source, str | os.PathLike)
+    file = '' if isinstance(source, Image.Image) else f' {os.fspath(source) if is_path else source!r}'
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             image.load()  # a file of several frames stays open after it, hence the with

@@ -1,4 +1,4 @@
-"""Images for masked image modelling: files wherever they lie, one random crop in two views, masks for whole batches.
+"""Images for masked image modelling: one random crop in two views, or one of a few fixed ones; masks of whole batches.
 
 Papers:
     BEiT, https://arxiv.org/abs/2106.08254, section 2.5; BEiT v2, https://arxiv.org/abs/2208.06366, appendix
@@ -8,7 +8,8 @@ much cheaper for large photographs (contrast is then about the mean of the crop)
 small on its way to the device, which divides and normalises.
 
 All random numbers come from torch's own generator, which a DataLoader seeds for each worker, and ``BEiTResumeHook`` for
-each batch.
+each batch. Where an image has a number of fixed views, these are functions of a seed, the image and the view alone, so
+that their tokens can be kept (``token_cache``).
 
 Shapes: B images, C channels, H W pixels, h w grid in patches.
 """
@@ -16,7 +17,6 @@ Shapes: B images, C channels, H W pixels, h w grid in patches.
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,13 +27,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
 from .image_inputs import read_image
+from .image_list import ImageList
 from .masking import BlockMasking, RandomMasking
 from .models.checks import height_and_width
+from .token_cache import TokenCache
 
-__all__ = ['LISTS', 'SUFFIXES', 'ImageFiles', 'TwoViews', 'find_images', 'mim_collate']
+__all__ = ['AllViews', 'ImageFiles', 'TwoViews', 'mim_collate']
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-LISTS = ('.txt', '.lst')
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ('bilinear', 'bicubic', 'lanczos')}
 _TRIES = 100  # at another image in place of one that cannot be read, before a training ends
 Sample = dict[str, Tensor]
@@ -80,17 +80,21 @@ class TwoViews:
         if not 0 <= color_jitter <= 1 or not 0 <= hflip <= 1:
             raise ValueError(f'color_jitter and hflip must be from 0 to 1, got {color_jitter} and {hflip}')
         self.filters = INTERPOLATIONS[interpolation], INTERPOLATIONS[token_interpolation]
-        self.scale, self.ratio, self.hflip = list(scale), list(ratio), hflip
+        self.scale, self.ratio, self.color_jitter, self.hflip = list(scale), list(ratio), color_jitter, hflip
         self.jitter = ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
 
     def __call__(self, image: Image.Image) -> Sample:
         """An RGB image to ``inputs`` and, where the tokenizer has its own, ``token_view``; (3, H, W) uint8 each."""
+        return self.both(self.crop(image))
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The random part: a crop of an RGB image, its colours changed, maybe mirrored, of its own size."""
         top, left, height, width = RandomResizedCrop.get_params(image, self.scale, self.ratio)  # type: ignore[arg-type]
         image = image.crop((left, top, left + width, top + height))
         image = self.jitter(image) if self.jitter else image
         if torch.rand(()) < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return self._views(image)
+        return image
 
     def center(self, image: Image.Image) -> Sample:
         """The views of the largest crop in the middle, as it is: the same each time."""
@@ -98,26 +102,50 @@ class TwoViews:
         H, W = self.size
         share = min(width / W, height / H)
         left, top = (width - W * share) / 2, (height - H * share) / 2
-        return self._views(image.crop((round(left), round(top), round(left + W * share), round(top + H * share))))
+        return self.both(image.crop((round(left), round(top), round(left + W * share), round(top + H * share))))
 
-    def _views(self, image: Image.Image) -> Sample:
-        sample = {'inputs': _resized(image, self.size, self.filters[0])}
-        if self.token_size is not None and (self.token_size, self.filters[1]) != (self.size, self.filters[0]):
-            sample['token_view'] = _resized(image, self.token_size, self.filters[1])
+    def both(self, crop: Image.Image) -> Sample:
+        """What ``__call__`` returns, of a crop."""
+        sample = {'inputs': self.encoder_view(crop)}
+        if self._for_tokens != (self.size, self.filters[0]):
+            sample['token_view'] = self.token_view(crop)
         return sample
+
+    def encoder_view(self, crop: Image.Image) -> Tensor:
+        """(3, H, W) uint8."""
+        return _resized(crop, self.size, self.filters[0])
+
+    def token_view(self, crop: Image.Image) -> Tensor:
+        """(3, H, W) uint8; where the tokenizer has no view of its own, that of the encoder."""
+        return _resized(crop, *self._for_tokens)
+
+    @property
+    def _for_tokens(self) -> tuple[tuple[int, int], Image.Resampling]:
+        return (self.size, self.filters[0]) if self.token_size is None else (self.token_size, self.filters[1])
+
+    def about_tokens(self) -> dict[str, Any]:
+        """All that the pixels of ``token_view`` depend on, but for the image and the random numbers."""
+        size, resampling = self._for_tokens
+        names = ('scale', 'ratio', 'color_jitter', 'hflip')
+        own = {name: getattr(self, name) for name in names}
+        return {'token_size': list(size), 'token_interpolation': resampling.name.lower(), **own}
 
 
 class ImageFiles(Dataset[Sample]):
     """Images without labels, by their files.
 
     Args:
-        roots: see ``find_images``.
+        roots: see ``image_list.ImageList``.
         views: what makes a sample of an RGB image.
         on_broken: called with the file and a sentence where one cannot be read; another image, at random, takes its
             place. None: the sentence is raised.
+        num_views: of each image, drawn once and for all; a sample is one of them, at random. None: a new one each time.
+        seed: of these views; by default 0.
+        token_cache: a file of ``tools/cache_tokens.py``, which has ``num_views`` and ``seed``; samples then carry
+            ``tokens`` (h, w) int64 in place of ``token_view``.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: nothing there, a number below 1, a seed without views, or a cache of other images or views.
     """
 
     def __init__(
@@ -125,26 +153,43 @@ class ImageFiles(Dataset[Sample]):
         roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         views: TwoViews,
         on_broken: Callable[[str, str], None] | None = None,
+        num_views: int | None = None,
+        seed: int | None = None,
+        token_cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        files = [os.fsencode(path) for path in find_images(roots)]
-        # one block of bytes: workers would copy a list of millions of strings, object by object, as they count them
-        self._names = np.frombuffer(b''.join(files), np.uint8)
-        self._ends = np.cumsum([len(name) for name in files])
+        if (num_views is not None and num_views < 1) or (seed is not None and seed < 0):
+            raise ValueError(f'num_views must be at least 1 and seed at least 0, got {num_views} and {seed}')
+        if seed is not None and num_views is None and token_cache is None:
+            raise ValueError(f'got seed={seed}, which is of fixed views: give their number as num_views, or no seed')
+        self.files = ImageList(roots)
         self.views, self.on_broken = views, on_broken
+        self.token_cache = None if token_cache is None else TokenCache(token_cache)
+        if self.token_cache is not None:
+            self.token_cache.check(self.about_tokens(num_views, seed))
+            num_views, seed = self.token_cache.num_views, self.token_cache.seed
+        self.num_views, self.seed = num_views, seed or 0
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.files)
 
     def path(self, index: int) -> str:
-        """File of an image."""
-        end = int(self._ends[index])
-        start = int(self._ends[index - 1]) if index else 0
-        return os.fsdecode(self._names[start:end].tobytes())
+        """File of an image; of a member of an archive ``ARCHIVE/member``."""
+        return self.files.name(index)
+
+    def about_tokens(self, num_views: int | None, seed: int | None) -> dict[str, Any]:
+        """What tokens are of: images, views and, unless None, their number and seed."""
+        given = {'num_views': num_views, 'seed': seed}
+        return {
+            'images': len(self),
+            'names': self.files.digest(),
+            **self.views.about_tokens(),
+            **{name: value for name, value in given.items() if value is not None},
+        }
 
     def __getitem__(self, index: int) -> Sample:
         for _ in range(_TRIES):
             try:
-                return self.views(self.image(index))
+                return self._sample(index)
             except ValueError as error:
                 if self.on_broken is None:
                     raise
@@ -154,51 +199,66 @@ class ImageFiles(Dataset[Sample]):
             f'none of {_TRIES} images in a row can be read, the last one is {self.path(index)}; check the disk'
         )
 
+    def _sample(self, index: int) -> Sample:
+        if self.num_views is None:
+            return self.views(self.image(index))
+        number = int(torch.randint(self.num_views, ()))
+        if self.token_cache is None:
+            return self.views.both(self.crop(self.image(index), index, number))
+        tokens = self.token_cache.tokens(index, number)
+        if tokens is None:
+            raise ValueError(
+                f'image {self.path(index)!r} has no tokens in {self.token_cache.path}, for it could not be read when '
+                'they were made: make them anew'
+            )
+        return {'inputs': self.views.encoder_view(self.crop(self.image(index), index, number)), 'tokens': tokens}
+
     def image(self, index: int) -> Image.Image:
         """An RGB image, turned by its EXIF data; see ``image_inputs.read_image``.
 
         Raises:
             ValueError: a file that is missing, damaged or no image; the sentence names it.
         """
-        path = self.path(index)
-        pixels = read_image(path, 'image', None, rgb=True, rescale_factor=None)
+        pixels = read_image(self.files.source(index), 'image', None, rgb=True, rescale_factor=None)
         if pixels.dtype != torch.uint8:
-            raise ValueError(f'image {path!r} holds {pixels.dtype} values: save it with 8 bits a channel')
+            raise ValueError(f'image {self.path(index)!r} holds {pixels.dtype} values: save it with 8 bits a channel')
         return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
+    def crop(self, image: Image.Image, index: int, number: int) -> Image.Image:
+        """A fixed view, before it gets a size; see ``TwoViews.crop``.
 
-def find_images(roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Image files of folders and lists, in the same order each time.
+        Args:
+            image: that of ``index``.
+            index: of the image.
+            number: of the view, from 0 to ``num_views`` - 1.
+        """
+        key = np.random.SeedSequence((self.seed, index, number)).generate_state(1, np.uint64)
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(int(key[0]))  # not torch's own, which is of all devices
+            return self.views.crop(image)
 
-    Args:
-        roots: one or several of: a folder, whose images are taken at any depth (``SUFFIXES``, hidden ones left out; the
-            folders of classes of an ImageFolder too); a text file (``LISTS``) with a path on each line, relative to it.
 
-    Raises:
-        ValueError: a root that does not exist or holds no images, or none at all.
+class AllViews(Dataset[tuple[int, Tensor | None, str]]):
+    """All fixed views of each image for the tokenizer.
+
+    A sample is the number of the image, (num_views, 3, H, W) uint8, and nothing; or, where the image cannot be read,
+    its number, None, and why.
     """
-    files: list[str] = []
-    for root in [roots] if isinstance(roots, (str, os.PathLike)) else roots:
-        path = Path(root).expanduser()
-        if path.is_dir():
-            found = sorted(
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(path, followlinks=True)
-                for name in names
-                if name.lower().endswith(SUFFIXES) and not name.startswith('.')  # macOS writes ._x.jpg
-            )
-        elif path.is_file() and path.suffix in LISTS:
-            lines = path.read_text(encoding='utf-8').splitlines()
-            found = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
-        else:
-            what = f'is neither a folder nor a list ({", ".join(LISTS)})' if path.exists() else 'does not exist'
-            raise ValueError(f'{path} {what}: give a folder of images or a text file with one path on each line')
-        if not found:
-            raise ValueError(f'{path} holds no images ({", ".join(SUFFIXES)}): give another folder or list')
-        files += found
-    if not files:
-        raise ValueError('got no folder and no list of images: give at least one')
-    return files
+
+    def __init__(self, files: ImageFiles) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, str]:
+        files = self.files
+        try:
+            image = files.image(index)
+        except ValueError as error:
+            return index, None, str(error)
+        crops = [files.crop(image, index, number) for number in range(files.num_views or 0)]
+        return index, torch.stack([files.views.token_view(crop) for crop in crops]), ''
 
 
 def mim_collate(

@@ -10,6 +10,8 @@ import torch
 from helpers import randomize
 from PIL import Image
 
+from beit_plugin.mim_data import AllViews, ImageFiles, TwoViews
+from beit_plugin.token_cache import write_token_cache
 from beit_plugin.tokenizers import VQKD, save_tokenizer
 
 VOCAB = 13
@@ -40,6 +42,22 @@ def tokenizer(seed: int = 0, **options: Any) -> VQKD:
 
 def tokenizer_file(path: Path, **options: Any) -> Path:
     save_tokenizer(tokenizer(**options), path)
+    return path
+
+
+def cache_file(path: Path, root: Path, num_views: int = 2, **about: Any) -> Path:
+    """The tokens that ``tokenizer()`` gives of views as those of ``loader``; in words of the caller where given."""
+    files = ImageFiles(root, TwoViews(SIZE, None), num_views=num_views, seed=4)
+    model = tokenizer()
+
+    def batches():
+        for _, pixels, _ in map(AllViews(files).__getitem__, range(len(files))):
+            shape = (1, num_views, 4, 4)
+            tokens = torch.zeros(shape, dtype=torch.int64) if pixels is None else model.encode(pixels / 255).view(shape)
+            yield tokens, torch.tensor([pixels is not None])
+
+    said = {**files.about_tokens(num_views, 4), 'vocab_size': VOCAB, 'tokenizer': 'VQKD', **about}
+    write_token_cache(path, batches(), (4, 4), said)
     return path
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from pretraining_common import pictures
 
 from beit_plugin.masking import BlockMasking
-from beit_plugin.mim_data import ImageFiles, TwoViews, find_images, mim_collate
+from beit_plugin.mim_data import AllViews, ImageFiles, TwoViews, mim_collate
 
 PLAIN = dict(color_jitter=0.0, hflip=0.0)
 
@@ -81,34 +81,6 @@ class TestViews:
 
 
 class TestFiles:
-    def test_folders_of_classes_and_lists(self, tmp_path):
-        root = pictures(tmp_path / 'data', 4)
-        (root / 'class0/._0.png').write_bytes(b'of macOS')
-        (root / 'notes.txt').write_text('no image')
-        found = find_images(root)
-        assert [path.removeprefix(f'{root}/') for path in found] == [f'class{i % 2}/{i}.png' for i in (0, 2, 1, 3)]
-        (tmp_path / 'list.txt').write_text(f'data/class1/3.png\n\n{found[0]}\n')
-        listed = find_images(tmp_path / 'list.txt')
-        assert listed == [str(tmp_path / 'data/class1/3.png'), found[0]]
-        both = ImageFiles([root, tmp_path / 'list.txt'], TwoViews(16, None))
-        assert [both.path(i) for i in range(len(both))] == found + listed
-
-    @pytest.mark.parametrize(
-        ('roots', 'sentence'),
-        [
-            ('nowhere', 'nowhere does not exist: give a folder of images or a text file'),
-            ('empty', 'empty holds no images'),
-            ('file.md', 'file.md is neither a folder nor a list'),
-            ([], 'got no folder and no list'),
-        ],
-    )
-    def test_sentences(self, tmp_path, monkeypatch, roots, sentence):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / 'empty').mkdir()
-        (tmp_path / 'file.md').touch()
-        with pytest.raises(ValueError, match=sentence):
-            find_images(roots)
-
     def test_broken_ones(self, tmp_path):
         root = pictures(tmp_path, 3)
         (root / 'class0/0.png').write_bytes((root / 'class0/0.png').read_bytes()[:200])
@@ -137,6 +109,60 @@ class TestFiles:
         Image.new('F', (8, 8), 0.5).save(tmp_path / 'a.tif')
         with pytest.raises(ValueError, match=r'a.tif. holds torch.float32 values: save it with 8 bits'):
             ImageFiles(tmp_path, TwoViews(16, None))[0]
+
+
+class TestFixedViews:
+    def files(self, root, **options):
+        return ImageFiles(root, TwoViews(16, 8), **{'num_views': 2, 'seed': 5, **options})
+
+    def test_are_the_same_in_every_process_and_epoch(self, tmp_path):
+        files = self.files(pictures(tmp_path, 3), num_views=1)
+        torch.manual_seed(0)
+        first = [files[i] for i in range(3)]
+        loader = torch.utils.data.DataLoader(files, 1, num_workers=2)
+        for epoch in range(2):
+            torch.manual_seed(epoch + 1)
+            for sample, batch in zip(first, loader, strict=True):
+                for name in ('inputs', 'token_view'):
+                    assert torch.equal(batch[name][0], sample[name])
+        assert not torch.equal(first[0]['inputs'], self.files(tmp_path, num_views=1, seed=6)[0]['inputs'])
+
+    def test_one_of_them_is_taken_at_random(self, tmp_path):
+        files = self.files(pictures(tmp_path, 2))
+        seen = [{files[i]['inputs'].numpy().tobytes() for _ in range(20)} for i in range(2)]
+        assert [len(views) for views in seen] == [2, 2] and not seen[0] & seen[1]
+        tokens = [view for i in range(2) for view in AllViews(files)[i][1]]
+        found = {files[i]['token_view'].numpy().tobytes() for i in range(2) for _ in range(20)}
+        assert found == {view.numpy().tobytes() for view in tokens}
+
+    def test_nothing_else_becomes_less_random(self, tmp_path):
+        files = self.files(pictures(tmp_path, 1))
+        torch.manual_seed(1)
+        torch.randint(2, ())
+        expected = torch.rand(3)
+        torch.manual_seed(1)
+        files[0]
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_all_of_an_image(self, tmp_path):
+        files = self.files(pictures(tmp_path, 2), num_views=3)
+        (tmp_path / 'class1/1.png').write_bytes(b'')
+        index, pixels, reason = AllViews(files)[0]
+        assert (index, pixels.shape, pixels.dtype, reason) == (0, (3, 3, 8, 8), torch.uint8, '')
+        index, pixels, reason = AllViews(files)[1]
+        assert (index, pixels) == (1, None) and '1.png' in reason
+
+    @pytest.mark.parametrize(
+        ('options', 'sentence'),
+        [
+            (dict(num_views=0), 'num_views must be at least 1 and seed at least 0, got 0 and 5'),
+            (dict(seed=-1), 'seed at least 0, got 2 and -1'),
+            (dict(num_views=None), 'got seed=5, which is of fixed views: give their number as num_views'),
+        ],
+    )
+    def test_sentences(self, tmp_path, options, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            self.files(pictures(tmp_path, 1), **options)
 
 
 class TestCollate:

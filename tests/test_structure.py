@@ -32,7 +32,11 @@ ALLOWED = {
         'models.relative_position', 'checkpoints',
     },
     'masking': {'torch', 'numpy'},
-    'mim_data': {'torch', 'torchvision', 'numpy', 'PIL', 'image_inputs', 'masking', 'models.checks'},
+    'mim_data': {
+        'torch', 'torchvision', 'numpy', 'PIL', 'image_inputs', 'image_list', 'masking', 'models.checks', 'token_cache',
+    },
+    'image_list': {'numpy', 'image_inputs'},
+    'token_cache': {'torch', 'safetensors', 'checkpoints'},
     'image_inputs': {'torch', 'numpy', 'PIL'},
     'image_options': {'PIL', 'huggingface_hub'},
     'image_processor': {'torch', 'numpy', 'PIL', 'image_inputs', 'image_options'},

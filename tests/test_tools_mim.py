@@ -9,13 +9,18 @@ from contextlib import redirect_stdout
 
 import pytest
 import timm
-from pretraining_common import pictures, tokenizer_file
+import torch
+from pretraining_common import pictures, tokenizer, tokenizer_file
 from tools_common import ENV, ROOT, image_folder, width
 
 if importlib.util.find_spec('mmseg') is None or importlib.util.find_spec('tensorboard') is None:
     pytest.skip("needs the extra: pip install 'beit-plugin[mmseg]'", allow_module_level=True)
 
 from mmengine.config import Config
+
+from beit_plugin.mim_data import AllViews, ImageFiles, TwoViews
+from beit_plugin.token_cache import TokenCache
+from beit_plugin.tokenizers import Tokenizer
 
 from data_folders import DataError  # isort: skip
 from run_common import run  # isort: skip
@@ -79,6 +84,86 @@ def test_tokenizer_then_pre_training(tmp_path):
         mim, *data, *common, '--resume', *options, 'train_cfg.max_iters=6', cwd=tmp_path
     )  # fmt: skip
     assert re.search(r'after 6 iterations, checkpoint .*mim/iter_6.pth', resumed.splitlines()[-1])
+
+
+class TestTokenCache:
+    def cache(self, root, *args, cwd, status=0):
+        tokens = ('--tokenizer', tokenizer_file(cwd / 'vqkd.pth'), '--out', 'tokens.safetensors', '--workers', 0)
+        options = ('--cfg-options', 'train_dataloader.dataset.views.size=32')
+        mim = ROOT / 'configs/mim/beit-tiny_shapes.py'
+        return tool(mim, '--data-root', root, *tokens, *args, *options, cwd=cwd, status=status, name='cache_tokens')
+
+    def test_then_pre_training(self, tmp_path):
+        root = pictures(tmp_path / 'data')
+        (root / 'class1/3.png').write_bytes(b'')
+        made = self.cache(root, '--views', 3, '--seed', 2, '--batch', 4, cwd=tmp_path)
+        assert made.splitlines()[-2:] == [
+            f'1 image without tokens: {root}/class1/3.png',
+            'tokens.safetensors: 3 views of 6 images, 4 x 4 tokens each of 13, '
+            f'{(tmp_path / "tokens.safetensors").stat().st_size:,} bytes',
+        ]
+        cache = TokenCache(tmp_path / 'tokens.safetensors')
+        views = {**config('beit-tiny_shapes').train_dataloader.dataset.views, 'size': 32}
+        files = ImageFiles(root, TwoViews(**views), num_views=3, seed=2)
+        for index, pixels, _ in map(AllViews(files).__getitem__, range(6)):
+            tokens = [cache.tokens(index, view) for view in range(3)]
+            if pixels is None:
+                assert tokens == [None] * 3 and files.path(index) == f'{root}/class1/3.png'
+            else:
+                assert torch.equal(torch.stack(tokens), tokenizer().encode(pixels / 255))
+        assert (cache.tokenizer, cache.seed) == (f'VQKD {tmp_path}/vqkd.pth', 2)
+        train = (ROOT / 'configs/mim/beit-tiny_shapes.py', '--work-dir', 'mim')
+        options = ('--cfg-options', *SMALL, *MIM, 'train_dataloader.dataset.token_cache=tokens.safetensors')
+        trained = tool(*train, '--data-root', root, '--tokenizer', 'vqkd.pth', *options, cwd=tmp_path)
+        assert 'read from tokens.safetensors: the tokenizer does not run' in trained
+        error = tool(
+            *train, '--data-root', root / 'class0', '--tokenizer', 'vqkd.pth', *options, cwd=tmp_path, status=1
+        )
+        assert error.startswith(
+            'error: tokens.safetensors holds tokens of other images, the number of images is 6 there'
+        )
+        assert error.endswith('or give what it was made of.')
+        other = tokenizer_file(tmp_path / 'other.pth', seed=1)
+        error = tool(*train, '--data-root', root, '--tokenizer', other, *options, cwd=tmp_path, status=1)
+        assert re.match(r'error: tokens.safetensors holds tokens of VQKD \S+, and only \d+% of those looked at', error)
+
+    def test_interrupted(self, tmp_path, monkeypatch, capsys):
+        def encode(self, images):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Tokenizer, 'encode', encode)
+        assert self.cache(pictures(tmp_path / 'data'), cwd=tmp_path, status=130) == '130'
+        assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'vqkd.pth']
+
+    @pytest.mark.parametrize(
+        ('arguments', 'words'),
+        [
+            (('--data-root', 'nowhere'), 'nowhere does not exist: give a folder of images'),
+            (
+                ('--out', 'tokens.pth'),
+                '--out needs a name that ends in .safetensors in a folder that is there, got tok',
+            ),
+            (('--out', 'no/a.safetensors'), 'in a folder that is there, got no/a.safetensors'),
+            (('--device', 'abacus'), '--device abacus: Expected one of cpu'),
+            (('--seed', -1), 'seed at least 0, got 1 and -1'),
+            (('--tokenizer', 'mine'), "unknown tokenizer 'mine': no file of that name is here"),
+            (('--tokenizer', 'no.pth'), 'the tokenizer no.pth does not exist: give a file'),
+            (('--data-root', 'broken'), 'none of the 2 images can be read, such as broken/class0/0.png: give others'),
+        ],
+    )
+    def test_one_sentence(self, tmp_path, arguments, words):
+        for path in pictures(tmp_path / 'broken', 2).rglob('*.png'):
+            path.write_bytes(b'')
+        error = self.cache(pictures(tmp_path / 'data', 2), *arguments, cwd=tmp_path, status=1)
+        assert error.startswith('error: ') and len(error.splitlines()) == 1 and words in error and '.py: ' not in error
+        assert not list(tmp_path.glob('*tokens*'))
+
+    def test_another_configuration(self, tmp_path):
+        error = tool(
+            ROOT / 'configs/mim/vqkd-tiny_shapes.py', '--out', 'a.safetensors', cwd=tmp_path, status=1,
+            name='cache_tokens',
+        )  # fmt: skip
+        assert 'vqkd-tiny_shapes.py does not train a BEiTPretrainer on BEiTImages: give a file of configs/mim/' in error
 
 
 @pytest.mark.slow

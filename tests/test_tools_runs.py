@@ -231,7 +231,9 @@ log_processor = dict(by_epoch=True)
         assert done.stderr.strip().startswith('error: ') and len(done.stderr.strip().splitlines()) == 1
         assert sentence in done.stderr
 
-    @pytest.mark.parametrize('script', ['train.py', 'test.py', 'quickstart.py', 'plot_run.py', 'make_shapes.py'])
+    @pytest.mark.parametrize(
+        'script', ['train.py', 'test.py', 'cache_tokens.py', 'quickstart.py', 'plot_run.py', 'make_shapes.py']
+    )
     def test_help_has_an_example(self, script, tmp_path):
         assert re.search('[Ee]xample', run(ROOT / 'tools' / script, '--help', cwd=tmp_path))
 

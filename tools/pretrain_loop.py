@@ -21,7 +21,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('images', metavar='IMAGES', help='a folder, or a list (.txt) of files')
+    parser.add_argument('images', metavar='IMAGES', help='a folder, a list (.txt) of files, or a .tar')
     parser.add_argument('--tokenizer', required=True, metavar='FILE', help='a file or a published name')
     parser.add_argument('--token-size', type=int, metavar='PX', help="the tokenizer's view (default: the model's)")
     parser.add_argument('--model', default='beit_plugin_base_patch16_224_mim', metavar='NAME', help="timm's name")

@@ -79,6 +79,14 @@ def positive(text: str) -> int:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that train and test share; they are those of mmsegmentation's tools, and --data-root."""
+    add_config_arguments(parser)
+    parser.add_argument('--work-dir', type=Path, metavar='DIR', help='default: work_dirs/ and the name of the CONFIG')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that change what a CONFIG says; see `read_config`."""
     from mmengine.config import DictAction
 
     parser.add_argument(
@@ -87,7 +95,6 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='DIR',
         help='read the data of the configuration from here; the layout below stays',
     )
-    parser.add_argument('--work-dir', type=Path, metavar='DIR', help='default: work_dirs/ and the name of the CONFIG')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -96,12 +103,22 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override anything in the configuration, such as train_dataloader.batch_size=8',
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
 def load_config(args: argparse.Namespace) -> Any:
-    """The configuration with the arguments applied.
+    """The configuration of a run with the arguments applied.
+
+    Raises:
+        DataError: no such file.
+    """
+    cfg = read_config(args)
+    cfg.launcher = args.launcher
+    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs', Path(args.config).stem))
+    return cfg
+
+
+def read_config(args: argparse.Namespace) -> Any:
+    """The configuration with the arguments of `add_config_arguments` applied.
 
     Raises:
         DataError: no such file.
@@ -112,8 +129,6 @@ def load_config(args: argparse.Namespace) -> Any:
         raise DataError(f'{args.config} does not exist: give a file of configs/.')
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
-    cfg.launcher = args.launcher
-    cfg.work_dir = str(args.work_dir or cfg.get('work_dir') or Path('work_dirs', Path(args.config).stem))
     if args.data_root is not None:
         for loader in (cfg.get(f'{part}_dataloader') for part in ('train', 'val', 'test')):
             for dataset in data_sets(loader.dataset) if loader else ():

@@ -20,7 +20,7 @@ def count_images(dataset_cfg: Any) -> int:
     """Number of images of a data set without labels.
 
     Raises:
-        DataError: a folder or list that is not there or empty.
+        DataError: a folder, list or archive that is not there, empty or damaged, or a file of tokens of others.
     """
     from mmengine.registry import DATASETS
 
@@ -29,7 +29,8 @@ def count_images(dataset_cfg: Any) -> int:
     try:
         return len(DATASETS.build(dict(dataset_cfg)))
     except ValueError as error:
-        raise DataError(f'{sentence(error)} (by --data-root).') from error
+        hint = '' if dataset_cfg.get('token_cache') else ' (by --data-root)'
+        raise DataError(f'{sentence(error)}{hint}.') from error
 
 
 def use_sources(cfg: Any, tokenizer: str | None, teacher: str | None) -> None:
@@ -81,6 +82,9 @@ def summary(cfg: Any, module: Any) -> list[str]:
         f'tokens      {tokenizer.vocab_size} of {type(tokenizer).__name__}, patches of '
         f'{" x ".join(map(str, tokenizer.patch_size))} px of images of {token_size} px',
     ]
+    cache = cfg.train_dataloader.dataset.get('token_cache')
+    if cache:
+        lines.append(f'            read from {cache}: the tokenizer does not run')
     masking = cfg.train_dataloader.get('collate_fn', {}).get('masking')
     if masking and cfg.model.type == 'BEiTPretrainer':
         grid = masking['grid']

@@ -33,7 +33,7 @@ from .amp import BEiTBF16OptimWrapper  # noqa: E402
 from .backbone import BEiTBackbone  # noqa: E402
 from .mim import BEiTMIMHead, BEiTPretrainer  # noqa: E402
 from .mim_data import BEiTImages, BEiTMIMDataPreprocessor  # noqa: E402
-from .mim_hooks import BEiTMIMPictureHook, BEiTThroughputHook  # noqa: E402
+from .mim_hooks import BEiTMIMPictureHook, BEiTThroughputHook, BEiTTokenCacheHook  # noqa: E402
 from .neck import BEiTPyramid, BEiTSimplePyramid  # noqa: E402
 from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor  # noqa: E402
 from .resume import BEiTResumeHook  # noqa: E402
@@ -53,6 +53,7 @@ __all__ = [
     'BEiTResumeHook',
     'BEiTSimplePyramid',
     'BEiTThroughputHook',
+    'BEiTTokenCacheHook',
     'BEiTVQKD',
 ]
 

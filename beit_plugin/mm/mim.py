@@ -118,6 +118,7 @@ class BEiTPretrainer(ModelWithAside):
                 'vocab_size out, or take the tokenizer that the head is for'
             )
         self.model = self.head.model(vocab_size, backbone_arguments(backbone))
+        self._looked = False  # at known tokens
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -131,7 +132,12 @@ class BEiTPretrainer(ModelWithAside):
             print_log(f'BEiTPretrainer: {load(self.model, self.pretrained)}', logger='current')
 
     def forward(
-        self, inputs: Tensor, mask: Tensor | None = None, images: Tensor | None = None, mode: str = 'tensor'
+        self,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        images: Tensor | None = None,
+        mode: str = 'tensor',
+        tokens: Tensor | None = None,
     ) -> Any:
         """One batch.
 
@@ -142,31 +148,43 @@ class BEiTPretrainer(ModelWithAside):
             mode: ``loss`` for what ``BEiTMIMHead.losses`` gives; ``predict`` for the tokens of all patches, those of
                 the tokenizer and those that the model predicts behind the mask, (B, h, w) each; ``tensor`` for the
                 logits, see ``BeitForMaskedImageModeling``.
+            tokens: (B, h, w), where they are known; the tokenizer then does not run.
 
         Raises:
-            ValueError: no mask or no images where they are needed, another grid of tokens than of patches, an unknown
-                mode, or what model and tokenizer raise.
+            ValueError: no mask, or neither images nor tokens, where they are needed, another grid of tokens than of
+                patches, tokens out of range in the first batch, an unknown mode, or what model and tokenizer raise.
         """
         if mode == 'tensor':
             return self.model(inputs, mask).logits
         if mode not in ('loss', 'predict'):
             raise ValueError(f"mode must be 'loss', 'predict' or 'tensor', got {mode!r}")
-        if mask is None or images is None:
+        if mask is None or (images is None and tokens is None):
             raise ValueError(
                 'a batch for masked image modelling needs mask and images; let it be made by '
                 "collate_fn=dict(type='beit_mim_collate', masking=dict(...)) and BEiTMIMDataPreprocessor"
             )
-        tokens = self.tokenizer.encode(images)
-        if tokens.shape != mask.shape:
-            (th, tw), (h, w) = tokens.shape[1:], mask.shape[1:]
+        ids = self._tokens(images, tokens)
+        if ids.shape != mask.shape:
+            (th, tw), (h, w) = ids.shape[1:], mask.shape[1:]
             ph, pw = self.tokenizer.patch_size
+            H, W = th * ph, tw * pw
+            again = '' if tokens is None else ', and make the tokens anew'
             raise ValueError(
-                f'the tokenizer gives {th} x {tw} tokens of images of {images.shape[2]} x {images.shape[3]} pixels, '
-                f"but the masks have {h} x {w} patches; set token_size of the data set's views to {(h * ph, w * pw)}"
+                f'the tokenizer gives {th} x {tw} tokens of images of {H} x {W} pixels, but the masks have {h} x {w} '
+                f"patches; set token_size of the data set's views to {(h * ph, w * pw)}{again}"
             )
         if mode == 'predict':
-            return tokens, self.model(inputs, mask, all_logits=True).logits.argmax(-1).view_as(tokens)
-        return self.head.losses(self.model(inputs, mask, tokens), tokens, mask)
+            return ids, self.model(inputs, mask, all_logits=True).logits.argmax(-1).view_as(ids)
+        return self.head.losses(self.model(inputs, mask, ids), ids, mask)
+
+    def _tokens(self, images: Tensor | None, tokens: Tensor | None) -> Tensor:
+        if tokens is None:
+            assert images is not None
+            return self.tokenizer.encode(images)
+        if not self._looked:  # once: a GPU must be waited for
+            self.tokenizer.check_tokens(tokens)
+            self._looked = True
+        return tokens
 
 
 def backbone_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

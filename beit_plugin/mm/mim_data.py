@@ -21,13 +21,14 @@ class BEiTImages(ImageFiles):
     """Folders and lists of images, each in the views of masked image modelling.
 
     Args:
-        data_root: one or several folders or lists, see ``mim_data.find_images``.
+        data_root: one or several folders, lists or archives, see ``image_list.ImageList``.
         views: arguments of ``mim_data.TwoViews``.
         on_error: 'skip' takes another image, at random, in place of one that cannot be read, and logs each such file
             once; 'raise' stops the training with one sentence that names it.
+        num_views, seed, token_cache: see ``mim_data.ImageFiles``.
 
     Raises:
-        DataFileError: nothing there; from 'raise', a file that cannot be read.
+        DataFileError: nothing there, or a cache of other images or views; from 'raise', a file that cannot be read.
         ValueError: what ``TwoViews`` raises, or another ``on_error``.
     """
 
@@ -38,12 +39,16 @@ class BEiTImages(ImageFiles):
         data_root: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         views: Mapping[str, Any] | None = None,
         on_error: str = 'skip',
+        num_views: int | None = None,
+        seed: int | None = None,
+        token_cache: str | os.PathLike[str] | None = None,
     ) -> None:
         check_on_error(on_error)
         self._left_out = LeftOut('image') if on_error == 'skip' else None
         made = TwoViews(**(views or {}))
         try:
-            super().__init__(data_root, made, None if self._left_out is None else self._left_out.add)
+            on_broken = None if self._left_out is None else self._left_out.add
+            super().__init__(data_root, made, on_broken, num_views, seed, token_cache)
         except ValueError as error:
             raise DataFileError(str(error)) from error
 
@@ -90,13 +95,15 @@ class BEiTMIMDataPreprocessor(BaseDataPreprocessor):
         """A batch for the model.
 
         Args:
-            data: ``inputs`` and maybe ``token_view`` (B, C, H, W) uint8, maybe ``mask`` (B, h, w) bool.
+            data: ``inputs`` and maybe ``token_view`` (B, C, H, W) uint8, maybe ``mask`` (B, h, w) bool and ``tokens``
+                (B, h, w).
             training: of no effect.
 
         Returns:
-            ``inputs`` normalised, ``images`` in [0, 1] as tokenizers want them, both float32, and ``mask``.
+            ``inputs`` normalised, and without ``tokens`` ``images`` in [0, 1] as tokenizers want them, both float32;
+            ``mask`` and ``tokens`` as they are.
         """
         data = dict(self.cast_data(data))  # type: ignore[arg-type]
         view = data.pop('token_view', data['inputs'])
-        pixels = data['inputs'].float()
-        return {**data, 'inputs': (pixels - self.mean) / self.std, 'images': view.float() / 255}
+        images = {} if 'tokens' in data else {'images': view.float() / 255}
+        return {**data, **images, 'inputs': (data['inputs'].float() - self.mean) / self.std}

@@ -1,4 +1,4 @@
-"""What one wants to see of a pre-training while it runs: images per second, and pictures of what the model predicts."""
+"""What one wants to know of a pre-training: images per second, pictures of what it predicts, are kept tokens right."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,15 @@ from mmengine.visualization import LocalVisBackend
 from PIL import Image
 
 from ..mim_data import ImageFiles
+from ..tokenizers import Tokenizer
 from ..tokenizers.picture import hide, side_by_side, token_images, with_titles
+from .left_out import DataFileError
+from .mim import BEiTPretrainer
 
-__all__ = ['BEiTMIMPictureHook', 'BEiTThroughputHook']
+__all__ = ['BEiTMIMPictureHook', 'BEiTThroughputHook', 'BEiTTokenCacheHook']
 
+_LOOKED_AT = 4  # images whose tokens are made anew
+_ALIKE = 0.9  # share of tokens; near ones differ between devices and precisions
 TITLES = ('image', 'seen', 'predicted', 'tokens')
 
 
@@ -105,3 +110,59 @@ class BEiTMIMPictureHook(Hook):
         with torch.random.fork_rng([]):  # the training draws as if there were no picture
             torch.manual_seed(0)
             return loader.collate_fn(samples)
+
+
+@HOOKS.register_module()
+class BEiTTokenCacheHook(Hook):
+    """Looks before a training whether a ``token_cache`` of the data set is of the tokenizer of the model.
+
+    The first images are tokenised anew, so that other weights, images that have changed, and random numbers of another
+    version of torch are found too.
+
+    Raises:
+        DataFileError: at the start, another vocabulary, other tokens, or a model that takes none.
+    """
+
+    def before_train(self, runner: Any) -> None:
+        dataset: ImageFiles = runner.train_dataloader.dataset
+        cache = getattr(dataset, 'token_cache', None)
+        if cache is None:
+            return
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not isinstance(model, BEiTPretrainer):
+            raise DataFileError(f'token_cache is for BEiTPretrainer, got {type(model).__name__}: leave it out')
+        tokenizer = model.tokenizer
+        made = f'{cache.path} holds tokens of {cache.tokenizer}'
+        if cache.vocab_size != tokenizer.vocab_size:
+            raise DataFileError(
+                f'{made}, {cache.vocab_size} of them, and the tokenizer of the model has {tokenizer.vocab_size}: take '
+                'the same tokenizer, or make the file anew'
+            )
+        share = _share_alike(dataset, tokenizer, next(model.parameters()).device)
+        if share < _ALIKE:
+            raise DataFileError(
+                f'{made}, and only {share:.0%} of those looked at are those of the tokenizer of the model: take the '
+                'same tokenizer, or make the file anew'
+            )
+
+
+def _share_alike(dataset: ImageFiles, tokenizer: Tokenizer, device: torch.device) -> float:
+    """Share of the kept tokens of the first images that the tokenizer gives too; 1 where no image can be looked at."""
+    assert dataset.token_cache is not None
+    kept, views = [], []
+    for index in range(len(dataset)):
+        try:
+            crop = dataset.crop(dataset.image(index), index, 0)
+        except ValueError:  # the training says so when it meets the file
+            continue
+        tokens = dataset.token_cache.tokens(index, 0)
+        if tokens is not None:
+            kept.append(tokens)
+            views.append(dataset.views.token_view(crop))
+        if len(kept) == _LOOKED_AT:
+            break
+    if not kept:
+        return 1.0
+    found = tokenizer.encode(torch.stack(views).to(device).float() / 255)
+    expected = torch.stack(kept)
+    return (found.cpu() == expected).float().mean().item() if found.shape == expected.shape else 0.0

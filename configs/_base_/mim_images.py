@@ -5,7 +5,7 @@ Recipe    microsoft/unilm 03380c8, beit/datasets.py and beit/README.md: colour j
           in blocks of at least 16
 """
 
-data_root = '{{$IMAGES:data/images}}'  # a folder, a list (.txt) of files, or [several of them]
+data_root = '{{$IMAGES:data/images}}'  # a folder, a list (.txt) of files, an archive (.tar), or [several of them]
 
 train_dataloader = dict(
     batch_size=128,

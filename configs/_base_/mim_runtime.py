@@ -11,6 +11,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    tokens=dict(type='BEiTTokenCacheHook'),  # where the data set has a token_cache: is it of this tokenizer?
     resume=dict(type='BEiTResumeHook'),  # a killed training goes on as if it had not been
 )
 visualizer = dict(
