@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import relative_error
 from tools_common import tool, width
 
 
@@ -71,8 +73,10 @@ def test_models(what, tmp_path):
     bench(what, '--variant', 'tiny', '--sizes', '32x64:2', '--out', 'here', cwd=tmp_path)
     rows = {row['name']: row for row in read(tmp_path / 'here')['rows']}
     expected = [name for name in MODELS[what] if importlib.util.find_spec(PEERS.get(name, 'timm'))]
-    assert list(rows) == [*expected, 'ours, sdpa', 'ours, fused']
-    assert 'need a GPU' in rows.pop('ours, fused')['failed']
+    with_tokens = ['ours, sdpa, with dVAE', 'ours, fused, with dVAE'] if what == 'mim' else []
+    assert list(rows) == [*expected, 'ours, sdpa', 'ours, fused', *with_tokens]
+    for name in ('ours, fused', *with_tokens[1:]):
+        assert 'need a GPU' in rows.pop(name)['failed']
     assert not [row['failed'] for row in rows.values() if 'failed' in row]
     for row in rows.values():
         assert row['train']['images_per_s'] == pytest.approx(2e3 / row['train']['ms'])
@@ -89,6 +93,35 @@ def test_evaluation(tmp_path):
         assert row['forward']['images_per_s'] == pytest.approx(1e3 / row['forward']['ms']) and 'train' not in row
     assert '| labels, ms | images/s | peak, labels, MiB |' in (tmp_path / 'benchmark/results.md').read_text()
     assert width(tmp_path / 'benchmark/results.png') > 400
+
+
+@pytest.mark.skipif(importlib.util.find_spec('mmseg') is None, reason="needs the extra: 'beit-plugin[mmseg]'")
+def test_operators(tmp_path):
+    bench('ops', '--sizes', '64x128:1', '--only', 'RoIAlign', 'NMS', cwd=tmp_path)
+    rows = {row['name']: row for row in read(tmp_path / 'benchmark')['rows']}
+    assert list(rows) == ['RoIAlign, torchvision', 'RoIAlign, ours', 'NMS, torchvision', 'NMS, ours']
+    assert not [row['failed'] for row in rows.values() if 'failed' in row] and 'train' not in rows['NMS, ours']
+    page = (tmp_path / 'benchmark/results.md').read_text()
+    assert page.count('torchvision | ') == page.count('ours | ') == 2
+    ratio = rows['NMS, ours']['forward']['ms'] / rows['NMS, torchvision']['forward']['ms']
+    assert f'({ratio:.2f}x)' in page  # to the row of the same operator
+
+
+def test_all_operators_agree():
+    pytest.importorskip('mmengine', reason="needs the extra: 'beit-plugin[mmseg]'")
+    import benchmark_ops
+
+    for theirs, ours in pairwise(benchmark_ops.ops_cases(replace(setting(), height=128, width=64)).items()):
+        if ours[0].partition(', ')[0] != theirs[0].partition(', ')[0]:
+            continue
+        found = []
+        for _, make in (theirs, ours):
+            torch.manual_seed(0)
+            case = make()
+            out = case.forward(case.call)
+            found.append(out[1] if isinstance(out, tuple) else out)
+        assert found[0].shape == found[1].shape
+        assert relative_error(*found) < 1e-5, ours[0]
 
 
 @pytest.mark.filterwarnings('ignore:The shape of value will convert:UserWarning')  # mmsegmentation's SegTTAModel

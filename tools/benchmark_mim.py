@@ -51,8 +51,8 @@ def mim_cases(s: Setting) -> Makers:
     """Images and a mask to the loss of the visual tokens of 75 of 196 patches, one bias for all layers.
 
     transformers runs its head on all patches. mmpretrain's model is called at its backbone and its head, because the
-    target would else be computed from a tokenizer. The bound is ours without a bias. Labels are at hand; "with dVAE" has
-    them computed in every step, from a second view of the images.
+    target would else be computed from a tokenizer. The bound is ours without a bias. Labels are at hand; "with dVAE"
+    has them computed in every step, from a second view of the images.
     """
     h, w = s.grid
     count = masked_patches(s)

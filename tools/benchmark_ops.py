@@ -1,7 +1,7 @@
 """mmcv's operators as detectors call them, on our stand-in and by torchvision; measured by tools/benchmark.py.
 
-torchvision gets float32, to which autocast casts for it; ours gets the dtype asked for. Legend: B batch, C channels, H W
-pixels, R regions, Q queries, K heads, D head dim.
+torchvision gets float32, to which autocast casts for it; ours gets the dtype asked for. Legend: B batch, C channels,
+H W pixels.
 """
 
 from collections.abc import Callable

@@ -128,9 +128,9 @@ def _heading(results: Row) -> list[str]:
     of = 'of mmcv' if what == 'ops' else of
     ceilings = [f'{c["tflops"]:.3g} TFLOP/s {name} ({c["n"]}^3)' for name, c in results['ceilings'].items()]
     packages = ', '.join(f'{name} {number}' for name, number in results['versions'].items())
+    alike = 'operator, size' if what == 'ops' else 'size'
     notes = (
-        f'Medians; in brackets the multiple of the first row of the same {"operator, " if what == "ops" else ""}size, dtype '
-        'and compilation. '
+        f'Medians; in brackets the multiple of the first row of the same {alike}, dtype and compilation. '
         f'Measured matmul ceiling: {", ".join(ceilings)}; % is the share of it. '
     )
     if what == 'attention':

@@ -25,6 +25,7 @@ kernels: Any = rel_pos_attention  # a kernel is called by grid and options that 
 HEAD_DIMS = range(16, 129, 16)
 PROGRAMS = 396  # of grad_bias that run at once on an H200: three on each multiprocessor
 HOPPER_MEMORY = 227 * 1024  # bytes of shared memory that a program may have on an H100 or H200
+CACHE = 48 * 2**20  # bytes of the second cache of an H100 or H200, about
 LARGEST_BLOCK = 128  # tokens; what the kernels read of all tokens is padded to a multiple of it
 ROW_ALIGNMENT = 64  # elements to which rows of the gradient of the bias are padded
 
@@ -171,12 +172,17 @@ class Folding(NamedTuple):
         return max(1, min(self.longest * batch, round(2 * PROGRAMS * self.longest / (self.all_tiles * heads))))
 
 
-def fold(patches: int, w: int, block_m: int, block_n: int) -> Folding:
-    """The folding of the patches of a grid of width w in tiles of block_m x block_n."""
+def fold(patches: int, w: int, block_m: int, block_n: int, heads: int) -> Folding:
+    """The folding of the patches of a grid of width w in tiles of block_m x block_n.
+
+    What the cache holds unfolded in half precision stays so: its programs then go through the images in step, and find
+    them in the cache as well.
+    """
     both = lcm(block_m, block_n)
-    # a period beyond all patches: no tile has the bias of another
-    period = min(lcm(w, both), ceil_div(patches, both) * both)
     columns = ceil_div(patches, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    period = everything = ceil_div(patches, both) * both
+    if 2 * heads * patches * columns > CACHE:
+        period = min(lcm(w, both), everything)
     tiles_m, tiles_n = ceil_div(patches, block_m), ceil_div(patches, block_n)
     beyond_m, beyond_n = max(0, tiles_m - period // block_m), max(0, tiles_n - period // block_n)
     size = min(period, patches) * columns + max(0, patches - period) * period
@@ -265,7 +271,7 @@ def _run_backward(
         if not wants_table:
             return grad_qkv, table.new_empty(0)
         launch, blocks = _launcher('grad_bias', *form)
-        folding = fold(h * w, w, blocks.BLOCK_M, blocks.BLOCK_N)
+        folding = fold(h * w, w, blocks.BLOCK_M, blocks.BLOCK_N, K)
         splits = folding.splits(B, K)
         # sums of many tiles are few, and are kept in full
         kept = qkv.dtype if splits == 1 and folding.period >= h * w else torch.float32

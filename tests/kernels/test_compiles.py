@@ -58,6 +58,7 @@ for kind in ('forward', 'grad_kv', 'grad_q', 'grad_bias'):
     compile(getattr(kernels, f'{kind}_kernel'), **dims, **_blocks(kind, head_dim, memory)._asdict())
 compile(kernels.table_kernel, P=1, BLOCK=512)
 compile(kernels.table_sums_kernel, P=1, BLOCK_R=32, BLOCK_O=128, BLOCK=256)
+compile(kernels.table_sums_kernel, P=1, BLOCK_R=256, BLOCK_O=16, BLOCK=256)
 """
 MATRIX_KERNELS = ('forward_kernel', 'grad_kv_kernel', 'grad_q_kernel', 'grad_bias_kernel')
 
@@ -85,7 +86,7 @@ def test_compiles(head_dim, pairs, capability, memory, dtype, tmp_path):
         pytest.skip('this build of Triton brings no compiler for NVIDIA GPUs')
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split(' ') for line in done.stdout.splitlines()]
-    assert len(rows) == 6
+    assert len(rows) == 7
     for name, shared, stack, matrix, assembly, apart in rows:
         assert int(shared) <= memory * 1024, name
         assert apart == '0' and (int(assembly) > 0) == (name in MATRIX_KERNELS), name

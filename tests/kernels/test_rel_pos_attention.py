@@ -18,8 +18,8 @@ from beit_plugin.models.relative_position import relative_position_index
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 HALF = torch.bfloat16 if CUDA else torch.float16
-# rounding of the weights and of the scores' gradient to the dtype of the matrix units; float32 has neither, but sums of up
-# to 9217 tokens (5.3e-6 seen)
+# rounding of the weights and of the scores' gradient to the dtype of the matrix units; float32 has neither, but sums of
+# up to 9217 tokens (5.3e-6 seen)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SMALL = [((3, 5), 2), ((1, 7), 1), ((7, 1), 1), ((8, 8), 2), ((9, 15), 2)]  # N = 16, 8, 8, 65, 136
 LARGE = [((14, 14), 8), ((24, 24), 4), ((32, 32), 4), ((40, 40), 4), ((24, 66), 4), ((64, 64), 2), ((96, 96), 1)]
@@ -247,10 +247,14 @@ def test_lengthened_table(grid, prefix):
 
 @pytest.mark.parametrize('grid', [(3, 5), (1, 4), (9, 20), (33, 2), (20, 8)])
 @pytest.mark.parametrize('prefix, splits', [(0, 1), (1, 3)])
-def test_reduction_to_the_table(grid, prefix, splits):
+def test_reduction_to_the_table(grid, prefix, splits, monkeypatch):
+    from beit_plugin.kernels import ops
+
     h, w = grid
     n = h * w
-    folding = fold(n, w, 32, 16)
+    assert fold(n, w, 32, 16, 2).period >= n  # the cache holds all
+    monkeypatch.setattr(ops, 'CACHE', 0)
+    folding = fold(n, w, 32, 16, 2)
     assert (folding.period < n) == (grid in [(33, 2), (20, 8), (9, 20)])
     folded = torch.randn(splits, 2, folding.size, device=DEVICE)
     cls = torch.randn(2, 5, 2, device=DEVICE)
@@ -280,8 +284,9 @@ def test_tiles_of_the_same_bias(grid, head_dim, prefix, programs, monkeypatch):
     from beit_plugin.kernels import ops
 
     monkeypatch.setattr(ops, 'PROGRAMS', programs)
+    monkeypatch.setattr(ops, 'CACHE', 0)
     h, w = grid
-    assert (fold(h * w, w, 64, 64).period < h * w) == (grid != (13, 12))
+    assert (fold(h * w, w, 64, 64, 2).period < h * w) == (grid != (13, 12))
     arguments = inputs(grid, 3, 2, head_dim, torch.float32, prefix)
     got, expected = ours(*arguments, grid, prefix), reference(*arguments, grid, prefix)
     assert max(map(relative_error, got, expected)) <= TOLERANCE[torch.float32]

@@ -9,7 +9,9 @@ from torch import Tensor
 
 pytest.importorskip('mmcv', reason='needs the extra beit-plugin[mmseg]')
 
-from beit_plugin.mm.mmcv_ops import install
+from helpers import relative_error
+
+from beit_plugin.mm.mmcv_ops import deform_conv, install
 from beit_plugin.mm.mmcv_ops.deform_conv import deform_conv_backward_parameters
 from beit_plugin.mm.mmcv_ops.ms_deform_attn import ms_deform_attn_backward, ms_deform_attn_forward
 
@@ -122,6 +124,32 @@ def test_the_weight_gradient_accumulates_times_scale() -> None:
     deform_conv_backward_parameters(input, offset, grad_output, once, *buffers, **sizes, scale=1, im2col_step=2)
     deform_conv_backward_parameters(input, offset, grad_output, more, *buffers, **sizes, scale=0.5, im2col_step=2)
     torch.testing.assert_close(more, 1 + 0.5 * once)
+
+
+def test_one_backward_gives_both_gradients(ops: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmcv asks for those of v1 in two calls."""
+    calls = []
+
+    def counted(*args: object) -> tuple[Tensor, ...]:
+        calls.append(args)
+        return backward(*args)
+
+    backward = deform_conv._backward
+    monkeypatch.setattr(deform_conv, '_backward', counted)
+    input, offset, _, weight, _ = deform_conv_inputs(GEOMETRIES[0])
+    tensors = [tensor.requires_grad_() for tensor in (input, offset, weight)]
+    ops.deform_conv2d(*tensors, 1, 1).sum().backward()
+    assert len(calls) == 1 and not len(deform_conv._weight_grads)
+
+    arguments = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1)
+    with torch.no_grad():
+        grad = torch.ones(2, 6, *offset.shape[2:], dtype=torch.float64)
+        outs = torch.empty_like(input), torch.empty_like(offset)
+        deform_conv.deform_conv_backward_input(input, offset, grad, *outs, weight, input, *arguments, 1)
+        input.mul_(2)  # what was kept is of other values now
+        grad_weight = torch.zeros_like(weight)
+        deform_conv_backward_parameters(input, offset, grad, grad_weight, input, input, *arguments, 1.0, 1)
+    assert relative_error(grad_weight, 2 * weight.grad) < 1e-12 and len(calls) == 3
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float16, 5e-3), (torch.bfloat16, 4e-2)])

@@ -11,8 +11,13 @@ from dataclasses import dataclass
 import torch
 import torchvision.ops  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .precision import at_least_fp32
+
+# mmcv asks for the gradients of v1 in two calls, and torchvision gives all at once: that of the weight by grad_output,
+# with which it goes, and what else it was made of
+_weight_grads = WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,11 @@ def _backward(
     tensors = (grad_output, input, weight, offset, no_mask if mask is None else mask, no_bias)
     use_mask = mask is not None
     return torch.ops.torchvision._deform_conv2d_backward(*at_least_fp32(*tensors), *geometry.arguments(use_mask))
+
+
+def _state(geometry: _Geometry, *tensors: Tensor) -> tuple[object, ...]:
+    """The same only for the same tensors, unchanged."""
+    return geometry, *((id(tensor), tensor._version) for tensor in tensors)
 
 
 def deform_conv_forward(
@@ -112,7 +122,8 @@ def deform_conv_backward_input(
 ) -> None:
     """Fill ``grad_input`` (B, C, H, W) and ``grad_offset`` (B, G·kh·kw·2, h, w); see `deform_conv_forward`."""
     geometry = _Geometry((dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    new_grad_input, _, new_grad_offset, _, _ = _backward(grad_output, input, weight, offset, None, geometry)
+    new_grad_input, grad_weight, new_grad_offset, _, _ = _backward(grad_output, input, weight, offset, None, geometry)
+    _weight_grads[grad_output] = _state(geometry, grad_output, input, offset), grad_weight
     grad_input.copy_(new_grad_input)
     grad_offset.copy_(new_grad_offset)
 
@@ -139,8 +150,10 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Add ``scale`` times the weight gradient to ``grad_weight`` (O, C / group, kh, kw); see `deform_conv_forward`."""
     geometry = _Geometry((dH, dW), (padH, padW), (dilationH, dilationW), group, deformable_group)
-    # the weight gradient does not depend on the weight: grad_weight stands for its shape
-    new_grad_weight = _backward(grad_output, input, grad_weight, offset, None, geometry)[1]
+    state, new_grad_weight = _weight_grads.pop(grad_output, (None, None))
+    if state != _state(geometry, grad_output, input, offset):
+        # the weight gradient does not depend on the weight: grad_weight stands for its shape
+        new_grad_weight = _backward(grad_output, input, grad_weight, offset, None, geometry)[1]
     grad_weight.add_(new_grad_weight, alpha=scale)
 
 
