@@ -37,7 +37,10 @@ from .mim_hooks import BEiTMIMPictureHook, BEiTThroughputHook, BEiTTokenCacheHoo
 from .neck import BEiTPyramid, BEiTSimplePyramid  # noqa: E402
 from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor  # noqa: E402
 from .resume import BEiTResumeHook  # noqa: E402
+from .run_ahead import BEiTRunAheadHook, allow_pinned_samples  # noqa: E402
 from .vqkd import BEiTVQKD  # noqa: E402
+
+allow_pinned_samples()
 
 __all__ = [
     'BEiTBF16OptimWrapper',
@@ -51,6 +54,7 @@ __all__ = [
     'BEiTPretrainer',
     'BEiTPyramid',
     'BEiTResumeHook',
+    'BEiTRunAheadHook',
     'BEiTSimplePyramid',
     'BEiTThroughputHook',
     'BEiTTokenCacheHook',
@@ -60,6 +64,7 @@ __all__ = [
 if find_spec('mmseg') is not None:  # detectors need no segmentation heads and labels
     from .decode_head import BEiTFCNHead as BEiTFCNHead
     from .decode_head import BEiTUPerHead as BEiTUPerHead
+    from .seg_data import BEiTSegDataPreProcessor as BEiTSegDataPreProcessor
     from .segmentor import BEiTSegmentor as BEiTSegmentor
     from .transforms import BEiTLoadAnnotations as BEiTLoadAnnotations
     from .transforms import BEiTLoadImageFromFile as BEiTLoadImageFromFile
@@ -69,6 +74,7 @@ if find_spec('mmseg') is not None:  # detectors need no segmentation heads and l
         'BEiTFCNHead',
         'BEiTLoadAnnotations',
         'BEiTLoadImageFromFile',
+        'BEiTSegDataPreProcessor',
         'BEiTSegTTAModel',
         'BEiTSegmentor',
         'BEiTUPerHead',

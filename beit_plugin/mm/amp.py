@@ -2,11 +2,13 @@
 
 mmengine 0.10.7's ``AmpOptimWrapper`` refuses to start without a GPU, warns on current torch (``torch.cuda.amp``), and
 scales the loss, which bfloat16 does not need: it has the exponents of float32. Scaling also makes the CPU wait for the
-GPU in every step, to learn whether a gradient overflowed.
+GPU in every step, to learn whether a gradient overflowed; and so does writing down the norm of the gradients, which is
+left to the message hub here (``BEiTRunAheadHook``).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -33,3 +35,10 @@ class BEiTBF16OptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(device, torch.bfloat16):
             yield
+
+    def _clip_grad(self) -> None:
+        gradients = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        clip, options = cast(Any, self.clip_func), cast(dict[str, Any], self.clip_grad_kwargs)
+        norm = clip(gradients, **options) if gradients else None
+        if norm is not None:  # as of clip_grad_value_
+            self.message_hub.update_scalar(f'train/{self.grad_name}', norm)

@@ -19,6 +19,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
+    run_ahead=dict(type='BEiTRunAheadHook'),  # the CPU does not wait for the GPU in each step
     resume=dict(type='BEiTResumeHook'),  # a killed training goes on as if it had not been
 )
 log_processor = dict(by_epoch=False)

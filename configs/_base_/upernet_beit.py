@@ -8,7 +8,7 @@ norm_cfg = dict(type='SyncBN', requires_grad=True)  # batch statistics over all 
 model = dict(
     type='BEiTSegmentor',
     data_preprocessor=dict(
-        type='SegDataPreProcessor',
+        type='BEiTSegDataPreProcessor',
         mean=[123.675, 116.28, 103.53],  # ImageNet's, as in every published BEiT segmentor; v1 pre-training has 127.5
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,

@@ -1,0 +1,125 @@
+"""What lets the CPU prepare the next step of a training under mmengine while the GPU still computes this one.
+
+mmengine 0.10.7 waits for the GPU several times in each step: for the batch, which is copied from memory that can be
+swapped out; for the norm of the gradients; and for each loss that it writes down, though nobody reads them before the
+next line of the log. Until the queue of the GPU has filled again, it waits for the CPU. What is logged stays the same.
+"""
+
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, MessageHub
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+
+__all__ = ['BEiTRunAheadHook', 'LateMessageHub', 'allow_pinned_samples']
+
+_MOST_WAITING = 2000  # numbers, before they are fetched without being asked for
+
+
+class LateMessageHub(MessageHub):
+    """mmengine's message hub that fetches numbers from the GPU all at once, when one of them is asked for.
+
+    A hub that is there becomes one by ``LateMessageHub.take_over``.
+    """
+
+    _waiting: list[tuple[str, Tensor, int]]
+
+    @classmethod
+    def take_over(cls, hub: MessageHub) -> None:
+        """Makes a hub one of these; it stays the object that everybody knows."""
+        if type(hub) is MessageHub:
+            hub.__class__ = cls
+            hub._waiting = []  # type: ignore[attr-defined]
+
+    @staticmethod
+    def _is_late(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_cuda
+
+    def update_scalar(self, key: str, value: Any, count: int = 1, resumed: bool = True) -> None:
+        """As mmengine's; a number on the GPU is kept there for the time being."""
+        if not self._is_late(value):
+            self._fetch_if(key)  # in order
+            super().update_scalar(key, value, count, resumed)
+            return
+        self._set_resumed_keys(key, resumed)
+        self._waiting.append((key, value.detach().reshape(()), count))
+        if len(self._waiting) >= _MOST_WAITING:
+            self._fetch()
+
+    @property
+    def log_scalars(self) -> Any:
+        """All numbers so far."""
+        self._fetch()
+        return super().log_scalars
+
+    def get_scalar(self, key: str) -> HistoryBuffer:
+        """As mmengine's; fetches only where the numbers of that name are on the GPU."""
+        self._fetch_if(key)
+        if key not in self._log_scalars:
+            return super().get_scalar(key)  # which says so
+        return self._log_scalars[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As mmengine's."""
+        self._fetch()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: MessageHub | dict[str, Any]) -> None:
+        """As mmengine's."""
+        self._fetch()
+        super().load_state_dict(state_dict)
+
+    def _fetch_if(self, key: str) -> None:
+        if any(name == key for name, _, _ in self._waiting):
+            self._fetch()
+
+    def _fetch(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        values: list[Any] = [None] * len(waiting)
+        kinds = {(tensor.dtype, tensor.device) for _, tensor, _ in waiting}
+        for kind in kinds:
+            places = [i for i, (_, tensor, _) in enumerate(waiting) if (tensor.dtype, tensor.device) == kind]
+            for place, value in zip(places, torch.stack([waiting[i][1] for i in places]).tolist(), strict=True):
+                values[place] = value
+        for (key, _, count), value in zip(waiting, values, strict=True):
+            super().update_scalar(key, value, count, self._resumed_keys[key])
+
+
+@HOOKS.register_module()
+class BEiTRunAheadHook(Hook):
+    """Keeps mmengine's training loop from waiting for the GPU in each step.
+
+    Batches are copied without waiting, which takes ``pin_memory=True`` of the data loader; losses and the norm of the
+    gradients (of ``BEiTBF16OptimWrapper``) are fetched for the lines of the log and for checkpoints only. A sudden loss
+    of NaN is thus seen with the next line of the log.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def before_train(self, runner: Any) -> None:
+        LateMessageHub.take_over(runner.message_hub)
+        if torch.cuda.is_available():
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            model.data_preprocessor._non_blocking = True
+
+    def after_train(self, runner: Any) -> None:
+        runner.message_hub.log_scalars  # noqa: B018  fetches what waits: the model may now go from the GPU
+
+
+def allow_pinned_samples() -> None:
+    """Lets ``pin_memory=True`` of a data loader reach the labels in mmengine's data elements, which it passes over."""
+
+    def pin_memory(self: BaseDataElement, *args: Any) -> BaseDataElement:
+        """A copy whose tensors are in memory that is not swapped out, from which a GPU copies by itself."""
+        pinned = self.new()
+        for name, value in self.items():
+            if hasattr(value, 'pin_memory'):
+                pinned.set_data({name: value.pin_memory(*args)})
+        return pinned
+
+    if not hasattr(BaseDataElement, 'pin_memory'):
+        BaseDataElement.pin_memory = pin_memory  # type: ignore[attr-defined]
