@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +46,25 @@ class Images(torch.utils.data.Dataset):
         if self.augmented:
             image += random.random() * torch.randn(3, 32, 32) + float(np.random.rand())
         return {'inputs': image, 'label': index}
+
+
+class ByKind:
+    """Batches of even or of odd images, collected as mmdetection's AspectRatioBatchSampler does."""
+
+    def __init__(self, sampler: Any, batch_size: int) -> None:
+        self.sampler, self.batch_size = sampler, batch_size
+        self.kinds: list[list[int]] = [[], []]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index in self.sampler:
+            batch = self.kinds[index % 2]
+            batch.append(index)
+            if len(batch) == self.batch_size:
+                yield batch[:]
+                del batch[:]  # not where this ends at the line before
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.batch_size
 
 
 class Model(BaseModel):
@@ -125,9 +144,10 @@ def die_writing(where: str, count: int) -> None:
 def train(work_dir: Path, options: Mapping[str, Any], rank: int = 0, port: int = 0) -> None:
     """Trains to the end, or until it dies; always with ``resume``.
 
-    Options: ``loop`` (iterations, passes, epochs), ``workers``, ``seed``, ``length``, ``every`` (iterations or epochs
-    between checkpoints) and ``by_epoch`` of checkpoints, ``pause`` (seconds), ``die``, ``writing`` (see `die_writing`),
-    ``processes``, ``plateau``; ``hooks``, ``checkpoint`` and ``wrapper`` for more of each; ``hook`` False for none.
+    Options: ``loop`` (iterations, passes, epochs), ``workers``, ``by_kind`` (see `ByKind`), ``seed``, ``length``,
+    ``every`` (iterations or epochs between checkpoints) and ``by_epoch`` of checkpoints, ``pause`` (seconds), ``die``,
+    ``writing`` (see `die_writing`), ``processes``, ``plateau``; ``hooks``, ``checkpoint`` and ``wrapper`` for more of
+    each; ``hook`` False for none.
     The exit status is 3 where no checkpoint can be read.
     """
     torch.set_num_threads(1)
@@ -144,6 +164,7 @@ def train(work_dir: Path, options: Mapping[str, Any], rank: int = 0, port: int =
     sampler = dict(type=InfiniteSampler if get('loop') == 'iterations' else DefaultSampler, shuffle=True)
     workers = get('workers', 0)
     loader = dict(batch_size=BATCH, num_workers=workers, persistent_workers=workers > 0)
+    by_kind = dict(batch_sampler=dict(type=ByKind)) if get('by_kind') else {}
     checkpoint = dict(type='CheckpointHook', interval=get('every', 1 if epochs else 4), by_epoch=by_epoch)
     schedulers = [dict(type='PolyLR', by_epoch=False, begin=0, end=40)]
     if get('plateau'):
@@ -153,7 +174,7 @@ def train(work_dir: Path, options: Mapping[str, Any], rank: int = 0, port: int =
         model=Model(running=not get('processes')),
         work_dir=str(work_dir),
         experiment_name=work_dir.name,
-        train_dataloader=dict(loader, dataset=Images(augmented=True), sampler=sampler),
+        train_dataloader=dict(loader, dataset=Images(augmented=True), sampler=sampler, **by_kind),
         train_cfg=dict(type=EpochBasedTrainLoop, max_epochs=length)
         if epochs
         else dict(type=IterBasedTrainLoop, max_iters=length, val_interval=4),

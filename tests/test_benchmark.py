@@ -144,6 +144,12 @@ def test_evaluations_agree(augmented):
         assert (a.pred_sem_seg.data == b.pred_sem_seg.data).float().mean() > 0.999
 
 
+@pytest.mark.parametrize('model', ['segmentor', 'mim'])
+def test_steps_of_a_training(model, tmp_path):
+    args = ('--variant', 'tiny', '--size', '64', '--batch', '2', '--steps', '1', '--model', model)
+    assert f'1 x CPU, BEiT-tiny {model}, 64 px, 2 images each: ' in tool('benchmark_ddp', *args, cwd=tmp_path)
+
+
 def setting(**options):
     import benchmark_cases
 

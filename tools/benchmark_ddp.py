@@ -16,7 +16,7 @@ from run_common import run
 EXAMPLES = """examples:
   torchrun --nproc_per_node 1 tools/benchmark_ddp.py
   torchrun --nproc_per_node 4 tools/benchmark_ddp.py --variant large --batch 4
-  torchrun --nproc_per_node 2 tools/benchmark_ddp.py --model mim
+  torchrun --nproc_per_node 2 tools/benchmark_ddp.py --model mim --compile
   torchrun --nproc_per_node 2 tools/benchmark_ddp.py --variant tiny --size 64 --batch 2 --steps 5      on a CPU
 """
 SIZES = {'segmentor': (640, 8), 'mim': (224, 128)}  # pixels, images
@@ -31,6 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--model', choices=list(SIZES), default='segmentor', help='(default: segmentor)')
     parser.add_argument('--size', type=int, metavar='PIXELS', help='(default: segmentor 640, mim 224)')
     parser.add_argument('--batch', type=int, metavar='N', help='images of each process (default: segmentor 8, mim 128)')
+    parser.add_argument('--compile', action='store_true', help='by torch.compile')
     parser.add_argument('--steps', type=int, default=30, metavar='N', help='to time, after 5 (default: 30)')
     args = parser.parse_args()
     args.size, args.batch = args.size or SIZES[args.model][0], args.batch or SIZES[args.model][1]
@@ -79,11 +80,12 @@ def main() -> None:
             model, device_ids=[device.index] if cuda else None, gradient_as_bucket_view=True,
             broadcast_buffers=False,  # as mmengine has it: SyncBN's are alike
         )  # fmt: skip
+    step_model = torch.compile(train) if args.compile else train
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     ends = []  # of the steps; none waits for a GPU (mmengine does, for the losses that it records)
     for _ in range(WARM_UP + args.steps + 1):
         with torch.autocast(device.type, torch.bfloat16):
-            loss = train(*inputs)[0]
+            loss = step_model(*inputs)[0]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -101,8 +103,9 @@ def main() -> None:
     if rank == 0:
         memory = f', peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if cuda else ''
         name = torch.cuda.get_device_name() if cuda else 'CPU'
+        what = f'BEiT-{args.variant} {args.model}' + ', compiled' * args.compile
         print(
-            f'{world} x {name}, BEiT-{args.variant} {args.model}, {args.size} px, {args.batch} images each: '
+            f'{world} x {name}, {what}, {args.size} px, {args.batch} images each: '
             f'{1e3 * step:.1f} ms a step, {world * args.batch / step:.1f} images/s{memory}'
         )
     if world > 1:

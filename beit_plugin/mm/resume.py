@@ -14,7 +14,7 @@ import logging
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from mmengine.dist import broadcast_object_list, get_rank, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS
+from mmengine.registry import DATA_SAMPLERS, HOOKS
 from torch.utils.data import DataLoader, Sampler
 
 from ..checkpoints import CheckpointError
@@ -68,17 +68,19 @@ class _Batches(Sampler[list[int]]):
     """The batches of a data loader from an iteration on, each with the key of its random numbers.
 
     Args:
-        loader: whose batches; what they come from starts anew with every ``iter``.
+        batches: of a data loader; what they come from starts anew with every ``iter``.
+        sampler: what orders the data.
         key: the numbers before that of the iteration.
         iteration: that of the first batch.
         skip: batches that the first pass leaves out.
         endless: begin a next pass at the end of one, as iteration-based loops do.
     """
 
-    def __init__(self, loader: DataLoader, key: tuple[int, ...], iteration: int, skip: int, endless: bool) -> None:
-        self.batches: Any = loader.batch_sampler
-        self.sampler = _sampler(loader)
-        self.batch_size = getattr(self.batches, 'batch_size', None)
+    def __init__(
+        self, batches: Any, sampler: Any, key: tuple[int, ...], iteration: int, skip: int, endless: bool
+    ) -> None:
+        self.batches, self.sampler = batches, sampler
+        self.batch_size = getattr(batches, 'batch_size', None)
         self.key, self.iteration, self.skip, self.endless = key, iteration, skip, endless
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -188,6 +190,19 @@ def point_to_readable(work_dir: Path, folder: Path, template: str) -> None:
         )
 
 
+def _new_batch_sampler(runner: Any, loader: DataLoader, sampler: Any) -> Any:
+    """That of the configuration as it began.
+
+    Workers that have started have drawn from the one that is there, and mmdetection's AspectRatioBatchSampler, left
+    alone in the middle of a batch, never completes another one of that aspect ratio.
+    """
+    cfg = runner._train_dataloader
+    given = cfg.get('batch_sampler') if isinstance(cfg, Mapping) else None
+    if not isinstance(given, Mapping):
+        return loader.batch_sampler
+    return DATA_SAMPLERS.build(dict(given), default_args=dict(sampler=sampler, batch_size=cfg['batch_size']))
+
+
 def _start_loader(runner: Any) -> bool:
     """Lets the loader of the training begin where the training does; whether that is not within an epoch."""
     loop, hub = runner.train_loop, runner.message_hub
@@ -206,7 +221,8 @@ def _start_loader(runner: Any) -> bool:
     skip = runner.iter if endless else runner.iter - runner.epoch * len(loader)
     if not 0 <= skip <= len(loader) and not endless:  # resumed with another number of batches
         skip = 0
-    batches = _Batches(loader, (runner.seed, _DATA, get_rank()), runner.iter, skip, endless)
+    batches = _new_batch_sampler(runner, loader, sampler)
+    batches = _Batches(batches, sampler, (runner.seed, _DATA, get_rank()), runner.iter, skip, endless)
     # by vars, for a DataLoader does not let go of its batch sampler; workers that have started draw from the old one
     vars(loader).update(batch_sampler=batches, _iterator=None)
     if endless:  # the loop first drops as many batches as it has seen

@@ -17,6 +17,7 @@ EMA = dict(type='EMAHook', momentum=0.1, update_buffers=True)
 LOOPS = {
     'iterations': dict(loop='iterations'),
     'iterations, 2 workers': dict(loop='iterations', workers=2),
+    'by kind, 2 workers': dict(loop='iterations', workers=2, by_kind=True),
     'passes, 1 worker': dict(loop='passes', workers=1, every=3),
     'epochs': dict(loop='epochs', length=5),
     'epochs, 2 workers': dict(loop='epochs', workers=2, length=5),
@@ -96,9 +97,10 @@ class TestKilled:
         run(whole, **options, seed=checkpoint['meta']['seed'])
         compare(whole, killed)
 
-    def test_the_workers_and_their_number_do_not_matter(self, tmp_path):
+    @pytest.mark.parametrize('options', [dict(loop='epochs'), dict(loop='iterations', by_kind=True)])
+    def test_the_workers_and_their_number_do_not_matter(self, tmp_path, options):
         for workers in (0, 1, 2):
-            run(tmp_path / str(workers), loop='epochs', workers=workers)
+            run(tmp_path / str(workers), workers=workers, **options)
         assert record(tmp_path / '0') == record(tmp_path / '1') == record(tmp_path / '2')
 
     @pytest.mark.parametrize('loop', ['iterations', 'epochs'])

@@ -229,4 +229,4 @@ class TestParts:
     def test_less_than_a_batch(self):
         loader = DataLoader([1, 2], batch_size=3, drop_last=True)
         with pytest.raises(ValueError, match='less than one batch'):
-            next(iter(resume._Batches(loader, (0,), 0, 0, endless=True)))
+            next(iter(resume._Batches(loader.batch_sampler, loader.sampler, (0,), 0, 0, endless=True)))
