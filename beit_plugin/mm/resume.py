@@ -196,7 +196,7 @@ def _new_batch_sampler(runner: Any, loader: DataLoader, sampler: Any) -> Any:
     Workers that have started have drawn from the one that is there, and mmdetection's AspectRatioBatchSampler, left
     alone in the middle of a batch, never completes another one of that aspect ratio.
     """
-    cfg = runner._train_dataloader
+    cfg = getattr(runner, '_train_dataloader', None)
     given = cfg.get('batch_sampler') if isinstance(cfg, Mapping) else None
     if not isinstance(given, Mapping):
         return loader.batch_sampler

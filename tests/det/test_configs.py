@@ -133,6 +133,7 @@ def test_trains_and_evaluates(photographs, tmp_path, monkeypatch):
     monkeypatch.setenv('COCO_MINI_ROOT', str(photographs))
     cfg = read('mask-rcnn_beit-base_coco-mini')
     cfg.work_dir = str(tmp_path / 'work')
+    cfg.train_dataloader.pin_memory = torch.cuda.is_available()
     small = dict(img_size=64, embed_dims=16, num_layers=4, num_heads=2, window_size=2, global_blocks=(1, 3))
     cfg.model.backbone.update(small)
     cfg.model.neck.in_channels = 16
