@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, MessageHub
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseDataPreprocessor, is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.structures import BaseDataElement
 from torch import Tensor
@@ -102,9 +102,10 @@ class BEiTRunAheadHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         LateMessageHub.take_over(runner.message_hub)
-        if torch.cuda.is_available():
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-            model.data_preprocessor._non_blocking = True
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        if isinstance(preprocessor, BaseDataPreprocessor) and torch.cuda.is_available():
+            preprocessor._non_blocking = True
 
     def after_train(self, runner: Any) -> None:
         runner.message_hub.log_scalars  # noqa: B018  fetches what waits: the model may now go from the GPU
