@@ -29,7 +29,7 @@ class ImageList:
         roots: one or several of: a folder, whose images are taken at any depth (``SUFFIXES``, hidden ones left out; the
             folders of classes of an ImageFolder too), or, where it holds none, those in its archives; a text file
             (``LISTS``) with a path on each line, relative to it; an archive (``ARCHIVE``, not compressed), whose
-            members are read where they lie.
+            members are read where they lie; links among them are left out.
 
     Raises:
         ValueError: a root that does not exist or holds no images, none at all, or an archive that is compressed or
@@ -51,11 +51,12 @@ class ImageList:
                 inside, places = _members(archive)
                 rows = [(len(names) + i, len(self._archives), *place) for i, place in enumerate(places)]
                 members.append(np.array(rows, np.int64).reshape(-1, 4))
-                names += [os.fsencode(os.path.join(archive, name)) for name in inside]
+                names += [os.fsencode(f'{archive}/{name.lstrip("/")}') for name in inside]
                 self._archives.append(archive)
             if len(names) == before:
                 raise ValueError(
-                    f'{path} holds no images ({", ".join(SUFFIXES)}): give another folder, list or archive'
+                    f'{path} holds no images ({", ".join(SUFFIXES)}) nor archives of some ({ARCHIVE}, not compressed): '
+                    'give another folder, list or archive'
                 )
         if not names:
             raise ValueError('got no folder and no list of images: give at least one')
@@ -115,8 +116,13 @@ def _find(path: Path) -> tuple[list[str], list[str]]:
         files = [name for name in found if not name.lower().endswith(ARCHIVE)]
         return files, [] if files else found  # beside images an archive is where they came from
     if path.is_file() and path.suffix in LISTS:
-        lines = path.read_text(encoding='utf-8').splitlines()
-        return [os.path.join(path.parent, line.strip()) for line in lines if line.strip()], []
+        lines = path.read_text(encoding='utf-8-sig').splitlines()
+        listed = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
+        if any(line.lower().endswith(ARCHIVE) for line in listed):
+            raise ValueError(
+                f'{path} lists archives ({ARCHIVE}): give these themselves, or the folder that they lie in'
+            )
+        return listed, []
     if path.is_file() and path.suffix.lower() == ARCHIVE:
         return [], [str(path)]
     kinds = f'neither a folder nor a list ({", ".join(LISTS)}) nor an archive ({ARCHIVE})'
@@ -141,10 +147,12 @@ def _members(archive: str) -> tuple[list[str], Places]:
                     names.append(member.name)
                     places.append((member.offset_data, member.size))
             end = tar.offset
+        # tarfile takes a bad header and any zeros for the end; behind that, tar fills up one record at most
         with open(archive, 'rb') as file:
             file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops at a bad header as at the end
-                raise tarfile.ReadError(f'no member and no end at byte {end}')
+            rest = file.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE + 1)
+        if len(rest) < tarfile.BLOCKSIZE or len(rest) > tarfile.RECORDSIZE + tarfile.BLOCKSIZE or any(rest):
+            raise tarfile.ReadError(f'no member and no end at byte {end}')
     except (tarfile.TarError, OSError) as error:
         reason = ' '.join(str(error).split())
         raise ValueError(

@@ -38,7 +38,7 @@ class TokenCache:
         self._slices: Any = None
         with self._open() as file:
             said = (file.metadata() or {}).get(_KEY)
-            if said is None:
+            if said is None or not {'tokens', 'present'} <= set(file.keys()):
                 raise ValueError(f'{self.path} is no file of tokens: give one that tools/cache_tokens.py made')
             self._present: Tensor = file.get_tensor('present')
         self.about: dict[str, Any] = json.loads(said)

@@ -38,7 +38,7 @@ class TestFiles:
         (root / 'source.tar').write_bytes(b'beside its images an archive is not read')
         found = names(root)
         assert [path.removeprefix(f'{root}/') for path in found] == [f'class{i % 2}/{i}.png' for i in (0, 2, 1, 3)]
-        (tmp_path / 'list.txt').write_text(f'data/class1/3.png\n\n{found[0]}\n')
+        (tmp_path / 'list.txt').write_text(f'\ufeffdata/class1/3.png\n\n{found[0]}\n')
         listed = names(tmp_path / 'list.txt')
         assert listed == [str(tmp_path / 'data/class1/3.png'), found[0]]
         assert names([root, tmp_path / 'list.txt']) == found + listed
@@ -48,6 +48,7 @@ class TestFiles:
         [
             ('nowhere', 'nowhere does not exist: give a folder of images or a text file'),
             ('empty', 'empty holds no images'),
+            ('shards.txt', r'shards.txt lists archives \(.tar\): give these themselves'),
             ('file.md', 'file.md is neither a folder nor a list'),
             ('a.tar.gz', r'a.tar.gz is neither .* nor an archive \(.tar\): .* an archive that is not compressed'),
             ([], 'got no folder and no list'),
@@ -58,6 +59,7 @@ class TestFiles:
         (tmp_path / 'empty').mkdir()
         (tmp_path / 'file.md').touch()
         (tmp_path / 'a.tar.gz').touch()
+        (tmp_path / 'shards.txt').write_text('\ufeffa.tar\nb.tar\n')
         with pytest.raises(ValueError, match=sentence):
             ImageList(roots)
 
@@ -135,7 +137,20 @@ class TestArchives:
         with pytest.raises(ValueError, match=r'a.tar/class1/1.png. cannot be read \(No such file or directory\)'):
             ImageFiles.image(files, 2)
 
-    @pytest.mark.parametrize('damage', ['compressed', 'within a member', 'between members', 'header', 'empty', 'noise'])
+    @pytest.mark.parametrize(
+        'damage',
+        [
+            'compressed',
+            'within a member',
+            'between members',
+            'header',
+            'zeroed header',
+            'zeros',
+            'two',
+            'empty',
+            'noise',
+        ],
+    )
     def test_damaged_and_compressed_ones_are_refused(self, root, tmp_path, damage):
         files = ['class0/0.png', 'class1/1.png']
         archive = shard(tmp_path / 'a.tar', root, files, 'w:gz' if damage == 'compressed' else 'w')
@@ -144,8 +159,12 @@ class TestArchives:
         if damage != 'compressed':
             with tarfile.open(archive) as tar:
                 second = tar.getmembers()[1].offset
-        if damage == 'header':
-            content[second : second + 512] = b'\xff' * 512
+        if damage in ('header', 'zeroed header'):
+            content[second : second + 512] = (b'\xff' if damage == 'header' else b'\0') * 512
+        elif damage == 'zeros':  # space that was set aside for what did not arrive
+            content[second:] = bytes(20_000)
+        elif damage == 'two':
+            content *= 2
         cut = {'within a member': second - 600, 'between members': second, 'empty': 0}.get(damage, len(content))
         archive.write_bytes(b'\x01' * 2000 if damage == 'noise' else content[:cut])
         with pytest.raises(

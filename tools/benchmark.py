@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Time our attention, models and evaluation against the peers, and models against a ViT without a bias, in one run.
 
+`attention` is that alone; `encoder`, `pyramid`, `segmentor` and `mim` are whole models, `evaluation` that of
+mmsegmentation, `ops` the operators of mmcv against torchvision's (of --sizes they take the images' size).
+
 Writes the numbers (results.json, after every row), a table (results.md) and a plot of time and memory against the
 number of tokens (results.png) to the folder --out. Runs on a GPU, or on the CPU at sizes that it can bear. What fails
 (out of memory, not for this device) is a row that says why.

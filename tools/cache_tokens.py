@@ -14,7 +14,7 @@ from typing import Any
 
 import run_common
 from data_folders import DataError
-from run_common import positive
+from run_common import not_negative, positive
 from run_mim import DATASET, MODELS, check_tokenizer, sentence, use_sources
 
 EXAMPLES = """examples:
@@ -34,11 +34,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--views', type=positive, metavar='K', help="of each image (default: the configuration's num_views, or 1)"
     )
-    parser.add_argument('--seed', type=int, metavar='N', help="of the views (default: the configuration's, or 0)")
+    parser.add_argument(
+        '--seed', type=not_negative, metavar='N', help="of the views (default: the configuration's, or 0)"
+    )
     parser.add_argument('--device', metavar='NAME', help='default: the GPU, where there is one')
     parser.add_argument('--batch', type=positive, default=128, metavar='N', help='views at a time (default: 128)')
     parser.add_argument(
-        '--workers', type=int, metavar='N', help='processes that load (default: one for each core, at most 16)'
+        '--workers', type=not_negative, metavar='N', help='processes that load (default: one for each core, at most 16)'
     )
     run_common.add_config_arguments(parser)
     return parser.parse_args()
@@ -110,7 +112,7 @@ def main() -> None:
         raise DataError(f'--out needs a name that ends in .safetensors in a folder that is there, got {args.out}.')
     cfg = run_common.read_config(args)
     if cfg.model.type != MODELS[0] or cfg.train_dataloader.dataset.type != DATASET:
-        raise DataError(f'{args.config} does not train a {MODELS[0]} on {DATASET}: give a file of configs/mim/.')
+        raise DataError(f'{args.config} does not train a {MODELS[0]} on {DATASET}: give one of configs/mim/beit*.py.')
     use_sources(cfg, args.tokenizer, None)
     check_tokenizer(cfg)
     dataset, tokenizer = build(cfg, args)
@@ -126,8 +128,9 @@ def main() -> None:
         raise DataError(f'{sentence(error)}.') from error
     except OSError as error:
         raise DataError(f'{args.out} cannot be written: {error.strerror}.') from error
+    views = f'{dataset.num_views} view{"s" * (dataset.num_views > 1)}'
     print(
-        f'{args.out}: {dataset.num_views} views of {len(dataset)} images, {grid[0]} x {grid[1]} tokens each of '
+        f'{args.out}: {views} of {len(dataset)} images, {grid[0]} x {grid[1]} tokens each of '
         f'{tokenizer.vocab_size}, {args.out.stat().st_size:,} bytes'
     )
 

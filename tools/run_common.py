@@ -77,6 +77,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> int:
+    """An argument that is a number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'expected a number of at least 0, got {text!r}')
+    return int(text)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments that train and test share; they are those of mmsegmentation's tools, and --data-root."""
     add_config_arguments(parser)

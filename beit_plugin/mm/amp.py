@@ -37,7 +37,8 @@ class BEiTBF16OptimWrapper(OptimWrapper):
             yield
 
     def _clip_grad(self) -> None:
-        gradients = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+        gradients = [p for p in parameters if p.requires_grad and p.grad is not None]  # as mmengine has it
         clip, options = cast(Any, self.clip_func), cast(dict[str, Any], self.clip_grad_kwargs)
         norm = clip(gradients, **options) if gradients else None
         if norm is not None:  # as of clip_grad_value_

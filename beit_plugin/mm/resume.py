@@ -197,9 +197,13 @@ def _new_batch_sampler(runner: Any, loader: DataLoader, sampler: Any) -> Any:
     alone in the middle of a batch, never completes another one of that aspect ratio.
     """
     cfg = getattr(runner, '_train_dataloader', None)
-    given = cfg.get('batch_sampler') if isinstance(cfg, Mapping) else None
+    cfg = cfg if isinstance(cfg, Mapping) else {}
+    given = cfg.get('batch_sampler')
     if not isinstance(given, Mapping):
-        return loader.batch_sampler
+        batches: Any = loader.batch_sampler
+        if hasattr(batches, '_aspect_ratio_buckets'):  # mmdetection's, made by hand
+            batches._aspect_ratio_buckets = [[] for _ in batches._aspect_ratio_buckets]
+        return batches
     return DATA_SAMPLERS.build(dict(given), default_args=dict(sampler=sampler, batch_size=cfg['batch_size']))
 
 

@@ -5,6 +5,8 @@ swapped out; for the norm of the gradients; and for each loss that it writes dow
 next line of the log. Until the queue of the GPU has filled again, it waits for the CPU. What is logged stays the same.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,43 +41,42 @@ class LateMessageHub(MessageHub):
     def _is_late(value: Any) -> bool:
         return isinstance(value, Tensor) and value.is_cuda
 
-    def update_scalar(self, key: str, value: Any, count: int = 1, resumed: bool = True) -> None:
-        """As mmengine's; a number on the GPU is kept there for the time being."""
-        if not self._is_late(value):
-            self._fetch_if(key)  # in order
-            super().update_scalar(key, value, count, resumed)
-            return
-        self._set_resumed_keys(key, resumed)
-        self._waiting.append((key, value.detach().reshape(()), count))
-        if len(self._waiting) >= _MOST_WAITING:
-            self._fetch()
-
     @property
-    def log_scalars(self) -> Any:
-        """All numbers so far."""
+    def _log_scalars(self) -> Any:  # what mmengine's methods read
         self._fetch()
-        return super().log_scalars
+        return vars(self)['_log_scalars']
+
+    @_log_scalars.setter
+    def _log_scalars(self, buffers: Any) -> None:
+        vars(self)['_log_scalars'] = buffers
+
+    def update_scalar(self, key: str, value: Any, count: int = 1, resumed: bool = True) -> None:
+        """As mmengine's; a number on the GPU is kept there for the time being, as it is now."""
+        if self._is_late(value) and value.numel() == 1 and isinstance(count, int):
+            self._set_resumed_keys(key, resumed)
+            vars(self)['_log_scalars'].setdefault(key, HistoryBuffer())  # its place among the others
+            self._waiting.append((key, value.detach().clone().reshape(()), count))
+            if len(self._waiting) >= _MOST_WAITING:
+                self._fetch()
+            return
+        with self._others_waiting(key):
+            super().update_scalar(key, value, count, resumed)
 
     def get_scalar(self, key: str) -> HistoryBuffer:
-        """As mmengine's; fetches only where the numbers of that name are on the GPU."""
-        self._fetch_if(key)
-        if key not in self._log_scalars:
-            return super().get_scalar(key)  # which says so
-        return self._log_scalars[key]
+        """As mmengine's; fetches only where numbers of that name are on the GPU."""
+        with self._others_waiting(key):
+            return super().get_scalar(key)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As mmengine's."""
-        self._fetch()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: MessageHub | dict[str, Any]) -> None:
-        """As mmengine's."""
-        self._fetch()
-        super().load_state_dict(state_dict)
-
-    def _fetch_if(self, key: str) -> None:
+    @contextmanager
+    def _others_waiting(self, key: str) -> Iterator[None]:
+        """Lets mmengine's methods at one name without fetching all of the others."""
         if any(name == key for name, _, _ in self._waiting):
             self._fetch()
+        waiting, self._waiting = self._waiting, []
+        try:
+            yield
+        finally:
+            self._waiting = waiting
 
     def _fetch(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -85,17 +86,21 @@ class LateMessageHub(MessageHub):
             places = [i for i, (_, tensor, _) in enumerate(waiting) if (tensor.dtype, tensor.device) == kind]
             for place, value in zip(places, torch.stack([waiting[i][1] for i in places]).tolist(), strict=True):
                 values[place] = value
+        buffers = vars(self)['_log_scalars']
         for (key, _, count), value in zip(waiting, values, strict=True):
-            super().update_scalar(key, value, count, self._resumed_keys[key])
+            if len(buffers[key].data[0]):
+                buffers[key].update(value, count)
+            else:
+                buffers[key] = HistoryBuffer([value], [count])  # as mmengine begins one, of its kind of number
 
 
 @HOOKS.register_module()
 class BEiTRunAheadHook(Hook):
     """Keeps mmengine's training loop from waiting for the GPU in each step.
 
-    Batches are copied without waiting, which takes ``pin_memory=True`` of the data loader; losses and the norm of the
-    gradients (of ``BEiTBF16OptimWrapper``) are fetched for the lines of the log and for checkpoints only. A sudden loss
-    of NaN is thus seen with the next line of the log.
+    Batches are copied without waiting, which takes ``pin_memory=True`` of the data loader (mmdetection's boxes wait as
+    before); losses and the norm of the gradients (of ``BEiTBF16OptimWrapper``) are fetched for the lines of the log and
+    for checkpoints only. A sudden loss of NaN is thus seen with the next line of the log.
     """
 
     priority = 'VERY_HIGH'

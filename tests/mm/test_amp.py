@@ -136,3 +136,22 @@ def test_the_stock_wrapper_still_refuses_the_cpu():
     model, _ = linear()
     with pytest.raises(AssertionError, match='only available training'):
         AmpOptimWrapper(optimizer=torch.optim.SGD(model.parameters(), 0.1), dtype='bfloat16')
+
+
+def test_clips_as_mmengine_does():
+    """The gradients of what was frozen in between stay as they are."""
+    from mmengine.optim import OptimWrapper
+
+    def gradients(kind):
+        model = nn.ParameterList([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))])
+        wrapper = OPTIM_WRAPPERS.build(
+            dict(type=kind, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), clip_grad=dict(max_norm=1.0))
+        )
+        for parameter, value in zip(model, (1.0, 3.0), strict=True):
+            parameter.grad = torch.full_like(parameter, value)
+        model[1].requires_grad_(False)
+        wrapper._clip_grad()
+        norm = wrapper.message_hub.get_scalar('train/grad_norm').current()
+        return [parameter.grad.tolist() for parameter in model], norm
+
+    assert gradients('BEiTBF16OptimWrapper') == gradients(OptimWrapper)

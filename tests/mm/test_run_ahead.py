@@ -1,7 +1,9 @@
 """The hook that lets the CPU run ahead of the GPU: what is logged is what mmengine logs, and nothing waits."""
 
+import copy
 import importlib.util
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,39 @@ def test_numbers_are_mmengines(late):
     feed(hub)
     feed(late)
     assert late._waiting and histories(late) == histories(hub) and not late._waiting
+
+
+def test_numbers_as_they_were(late):
+    """What is logged may change in place before it is fetched."""
+    average = torch.zeros(1)
+    for _ in range(3):
+        late.update_scalar('average', average.add_(1))
+    assert late.get_scalar('average').data[0].tolist() == [1, 2, 3]
+
+
+def test_order_and_buffers_are_mmengines(late):
+    hub = MessageHub('stock')
+    for one in (hub, late):
+        held = None
+        for step in range(3):
+            one.update_scalar('loss', torch.tensor(float(step)))
+            one.update_scalar('hits', torch.tensor(step))
+            one.update_scalar('rate', 0.5)
+            held = held or one.get_scalar('loss')
+        assert list(one.log_scalars) == ['loss', 'hits', 'rate']
+        assert held.data[0].tolist() == [0, 1, 2] and one.get_scalar('hits').data[0].dtype == int
+    with pytest.raises(AssertionError):
+        late.update_scalar('loss', torch.zeros(2))
+
+
+def test_a_stock_hub_takes_all_of_a_late_one(late):
+    late.update_scalar('loss', torch.tensor(1.0))
+    hub = MessageHub('stock')
+    hub.load_state_dict(late)
+    assert hub.get_scalar('loss').current() == 1
+    copies = copy.deepcopy(late), pickle.loads(pickle.dumps(late))
+    late.update_scalar('loss', torch.tensor(2.0))
+    assert [one.get_scalar('loss').current() for one in (*copies, late)] == [1, 1, 2]
 
 
 def test_what_is_read_is_fetched(late):

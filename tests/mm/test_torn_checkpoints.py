@@ -221,6 +221,12 @@ class TestParts:
         BEiTResumeHook().before_run(SimpleNamespace(hooks=[hook], _resume=False))
         assert hook.backend_args == options.get('backend_args')
 
+    def test_a_batch_sampler_made_by_hand_starts_anew(self):
+        batches = SimpleNamespace(_aspect_ratio_buckets=[[1, 2], [3]])  # of mmdetection
+        loader = SimpleNamespace(batch_sampler=batches)
+        assert resume._new_batch_sampler(SimpleNamespace(_train_dataloader=loader), loader, None) is batches
+        assert batches._aspect_ratio_buckets == [[], []]
+
     def test_data_without_batches(self):
         loop = SimpleNamespace(dataloader=DataLoader([1, 2], batch_size=None))
         with pytest.raises(ValueError, match='needs a train_dataloader with a batch_size'):
