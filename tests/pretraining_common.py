@@ -20,6 +20,7 @@ BACKBONE = dict(img_size=SIZE, patch_size=8, embed_dim=16, depth=3, num_heads=2,
 VQ = dict(img_size=SIZE, patch_size=8, embed_dim=16, depth=1, num_heads=2, mlp_ratio=2.0, vocab_size=VOCAB, code_dim=4)
 TEACHER = dict(name='vit_tiny_patch16_224', weights=None, img_size=SIZE, patch_size=8, depth=1, embed_dim=24)
 MASKING = dict(grid=(4, 4), num_masking_patches=6, min_num_patches=2)
+PICTURE = dict(picture=dict(type='BEiTMIMPictureHook', interval=3, num_images=2))  # of hooks
 _NUMBERS = itertools.count()
 
 

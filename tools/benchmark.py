@@ -223,8 +223,8 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             n, tflops = matmul_ceiling(device, setting.dtype)
             results['ceilings'][name] = dict(n=n, tflops=tflops)
         count = benchmark_cases.attention_flops if attention else partial(benchmark_models.model_flops, args.what)
-        counted = args.what not in benchmark_report.UNCOUNTED
-        flops = {} if not counted else {key: count(setting, training=key == 'train') for key in NAMES}
+        counted = [] if args.what in benchmark_report.UNCOUNTED else NAMES
+        flops = {key: count(setting, training=key == 'train') for key in counted}
         makers = chosen(cases(setting), args.only, args.skip)
         for mode, (label, make) in product(args.compile, makers.items()):
             row = dict(

@@ -82,7 +82,7 @@ def main() -> None:
         )  # fmt: skip
     step_model = torch.compile(train) if args.compile else train
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    ends = []  # of the steps; none waits for a GPU (mmengine does, for the losses that it records)
+    ends = []  # of the steps; none waits for a GPU (mmengine does without BEiTRunAheadHook)
     for _ in range(WARM_UP + args.steps + 1):
         with torch.autocast(device.type, torch.bfloat16):
             loss = step_model(*inputs)[0]

@@ -64,18 +64,17 @@ def mim_cases(s: Setting) -> Makers:
     def case(make: Callable[[], nn.Module], call: Callable[..., Tensor]) -> Case:
         return model_case(lambda: Called(make(), call), s, targets, targets)
 
-    def ours(**options: Any) -> Case:
+    def built(**options: Any) -> nn.Module:
         from beit_plugin.models.mim import BeitForMaskedImageModeling
 
-        options = dict(vocab_size=VOCABULARY, **options, **sizes(s))
-        return case(lambda: BeitForMaskedImageModeling(**options), lambda m, x, *y: m(x, *y).loss)
+        return BeitForMaskedImageModeling(vocab_size=VOCABULARY, **options, **sizes(s))
+
+    def ours(**options: Any) -> Case:
+        return case(lambda: built(**options), lambda m, x, *y: m(x, *y).loss)
 
     def tokenized(backend: str) -> Case:
-        from beit_plugin.models.mim import BeitForMaskedImageModeling
-
         view = torch.rand(s.batch, 3, 8 * h, 8 * w, device=s.device)  # a token for each patch
-        options = dict(vocab_size=VOCABULARY, attn_backend=backend, **sizes(s))
-        return model_case(lambda: Tokenized(BeitForMaskedImageModeling(**options)), s, (mask, view), (mask, view))
+        return model_case(lambda: Tokenized(built(attn_backend=backend)), s, (mask, view), (mask, view))
 
     def transformers() -> Case:
         from transformers import BeitForMaskedImageModeling

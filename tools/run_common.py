@@ -70,18 +70,18 @@ def key_value(text: str) -> str:
     return text
 
 
-def positive(text: str) -> int:
-    """An argument that is a number of things, at least one."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f'expected a number of at least 1, got {text!r}')
-    return int(text)
+def _at_least(lowest: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f'expected a number of at least {lowest}, got {text!r}')
+        return int(text)
+
+    return number
 
 
-def not_negative(text: str) -> int:
-    """An argument that is a number, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f'expected a number of at least 0, got {text!r}')
-    return int(text)
+positive, not_negative = _at_least(1), _at_least(0)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

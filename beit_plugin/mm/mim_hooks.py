@@ -1,5 +1,7 @@
 """What one wants to know of a pre-training: images per second, pictures of what it predicts, are kept tokens right."""
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +102,20 @@ class BEiTMIMPictureHook(Hook):
 
     def _batch(self, loader: Any) -> dict[str, torch.Tensor]:
         dataset: ImageFiles = loader.dataset
-        samples = []
-        for index in range(len(dataset)):
-            try:
-                samples.append(dataset.views.center(dataset.image(index)))
-            except ValueError:  # the training says so when it meets the file
-                continue
-            if len(samples) == self.num_images:
-                break
+        samples = [dataset.views.center(image) for _, image in islice(_readable(dataset), self.num_images)]
         with torch.random.fork_rng([]):  # the training draws as if there were no picture
             torch.manual_seed(0)
             return loader.collate_fn(samples)
+
+
+def _readable(dataset: ImageFiles) -> Iterator[tuple[int, Image.Image]]:
+    """The images from the first on with their numbers; the training says so when it meets a file that is none."""
+    for index in range(len(dataset)):
+        try:
+            image = dataset.image(index)
+        except ValueError:
+            continue
+        yield index, image
 
 
 @HOOKS.register_module()
@@ -151,15 +156,11 @@ def _share_alike(dataset: ImageFiles, tokenizer: Tokenizer, device: torch.device
     """Share of the kept tokens of the first images that the tokenizer gives too; 1 where no image can be looked at."""
     assert dataset.token_cache is not None
     kept, views = [], []
-    for index in range(len(dataset)):
-        try:
-            crop = dataset.crop(dataset.image(index), index, 0)
-        except ValueError:  # the training says so when it meets the file
-            continue
+    for index, image in _readable(dataset):
         tokens = dataset.token_cache.tokens(index, 0)
         if tokens is not None:
             kept.append(tokens)
-            views.append(dataset.views.token_view(crop))
+            views.append(dataset.views.token_view(dataset.crop(image, index, 0)))
         if len(kept) == _LOOKED_AT:
             break
     if not kept:

@@ -18,9 +18,8 @@ from beit_plugin.models.relative_position import relative_position_index
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'
 HALF = torch.bfloat16 if CUDA else torch.float16
-# rounding of the weights and of the scores' gradient to the dtype of the matrix units; float32 has neither, but sums of
-# up to 9217 tokens (5.3e-6 seen)
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# rounding of the weights and of the scores' gradient to the dtype of the matrix units; float32 has neither
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 SMALL = [((3, 5), 2), ((1, 7), 1), ((7, 1), 1), ((8, 8), 2), ((9, 15), 2)]  # N = 16, 8, 8, 65, 136
 LARGE = [((14, 14), 8), ((24, 24), 4), ((32, 32), 4), ((40, 40), 4), ((24, 66), 4), ((64, 64), 2), ((96, 96), 1)]
 
@@ -76,7 +75,8 @@ def test_output_and_gradients(grid, batch, dtype):
     errors = {name: relative_error(a, b) for name, a, b in zip(names, got, expected, strict=True)}
     for i, name in enumerate('qkv'):
         errors[f'd{name}'] = relative_error(got[1][:, :, i], expected[1][:, :, i])
-    assert max(errors.values()) <= TOLERANCE[dtype], errors
+    # the sums of 9217 tokens in float32: 5.3e-6 seen
+    assert max(errors.values()) <= (1e-5 if (dtype, grid) == (torch.float32, (96, 96)) else TOLERANCE[dtype]), errors
 
 
 @pytest.mark.parametrize('head_dim', [32, 64, 80, 96, 128])

@@ -14,6 +14,7 @@ import beit_plugin.mm  # noqa: F401  registers
 from mmengine.registry import MODELS
 from pretraining_common import (
     MASKING,
+    PICTURE,
     SIZE,
     cache_file,
     config,
@@ -31,7 +32,7 @@ from beit_plugin.mim_data import mim_collate
 from beit_plugin.mm.left_out import DataFileError
 from beit_plugin.tokenizers import VQKD
 
-HOOKS = dict(tokens=dict(type='BEiTTokenCacheHook'), picture=dict(type='BEiTMIMPictureHook', interval=3, num_images=2))
+HOOKS = dict(tokens=dict(type='BEiTTokenCacheHook'), **PICTURE)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from mmengine.registry import MODELS
 from PIL import Image
 from pretraining_common import (
     BACKBONE,
+    PICTURE,
     TEACHER,
     VOCAB,
     VQ,
@@ -41,8 +42,6 @@ from beit_plugin import checkpoints
 from beit_plugin.mm.left_out import DataFileError
 from beit_plugin.mm.vqkd import build_teacher
 from beit_plugin.tokenizers import load_tokenizer
-
-PICTURE = dict(picture=dict(type='BEiTMIMPictureHook', interval=3, num_images=2))
 
 
 @pytest.fixture(scope='module')
