@@ -27,6 +27,7 @@ __all__ = ['DalleDecoder', 'DalleEncoder', 'DalleTokenizer', 'map_pixels', 'unma
 LOGIT_LAPLACE_EPS = 0.1  # dall_e/utils.py
 GROUPS = 4  # of blocks; between them the image is halved, so that a token stands for 8x8 pixels
 PATCH = 2 ** (GROUPS - 1)
+_MIXED_PRODUCT = 'dtype' in torch.ops.aten.mm.overloads()  # torch.mm(..., out_dtype=), from PyTorch 2.8 on
 
 
 def map_pixels(images: Tensor) -> Tensor:
@@ -105,6 +106,30 @@ class _DallePart(nn.Module):
         return torch.autocast(x.device.type, dtype)
 
 
+def _halves(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 to float16 ``high`` and ``low`` and ``scale`` with (high + low) / scale = weight to some 22 bits.
+
+    The scale keeps the second half, about 2**-12 of the first, in float16's range.
+    """
+    scale = torch.exp2(torch.floor(14 - torch.log2(weight.abs().amax().clamp_min(2.0**-100))))
+    scaled = weight * scale
+    high = scaled.half()
+    return high, (scaled - high).half(), scale
+
+
+def _by_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution of float16 maps (B, C, h, w) with float32 weights, float32 result, on the matrix units.
+
+    As one product of both halves of the weights, which is added up in float32: the error of a float32 convolution in a
+    fifth of its time, which would be a third of the whole encoder's.
+    """
+    high, low, scale = _halves(conv.weight.flatten(1))
+    rows = x.permute(0, 2, 3, 1)  # B, h, w, C
+    product = torch.mm(torch.cat([rows, rows], 3).flatten(0, 2), torch.cat([high, low], 1).t(), out_dtype=torch.float32)
+    logits = torch.addcmul(conv.bias, product, 1 / scale)  # type: ignore[arg-type]
+    return logits.view(*rows.shape[:3], -1).permute(0, 3, 1, 2)
+
+
 class DalleEncoder(_DallePart):
     """Encoder of the dVAE.
 
@@ -134,8 +159,12 @@ class DalleEncoder(_DallePart):
         x = x.to(self.blocks[0].weight.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         with self._autocast(x):
             y = self.blocks[:-1](x)
+        output = self.blocks[-1]
+        halves = (y.dtype, x.dtype) == (torch.float16, torch.float32) and y.is_cuda and _MIXED_PRODUCT
         with without_autocast(x):
-            return self.blocks[-1](y.to(x.dtype))
+            if halves and not torch.is_grad_enabled():
+                return _by_halves(output.relu(y), output.conv)  # type: ignore[operator,arg-type]
+            return output(y.to(x.dtype))
 
 
 class DalleDecoder(_DallePart):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import relative_error
 
-from beit_plugin.tokenizers import DalleDecoder, DalleEncoder, DalleTokenizer
+from beit_plugin.tokenizers import DalleDecoder, DalleEncoder, DalleTokenizer, dalle
 from beit_plugin.tokenizers.dalle import map_pixels, unmap_pixels
 
 
@@ -107,3 +107,28 @@ def test_cuda_computes_in_half_as_the_reference(make_dalle, images):
     assert 1e-6 < relative_error(make_dalle().cuda().logits(images.cuda()).cpu(), expected) < 5e-3
     exact = make_dalle(compute_dtype=torch.float32).cuda()
     assert relative_error(exact.logits(images.cuda()).cpu(), expected) < 5e-5
+
+
+@pytest.mark.parametrize('size', [1e-30, 1e-3, 1, 1e4, 1e30])
+def test_weights_are_two_halves(size):
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * size
+    high, low, scale = dalle._halves(weight)
+    assert {high.dtype, low.dtype} == {torch.float16}
+    error = (high.double() + low.double()) / scale.double() - weight.double()
+    assert error.abs().max() <= 2.0**-22 * weight.abs().max()
+    high, low, scale = dalle._halves(torch.zeros(2, 2))
+    assert high.eq(0).all() and low.eq(0).all() and scale.isfinite()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not dalle._MIXED_PRODUCT, reason='needs CUDA and PyTorch 2.8')
+def test_the_last_layer_by_halves_is_one_in_float32(make_dalle, images):
+    """Trained logits are large; a map of a size that is no multiple of anything."""
+    encoder = make_dalle(vocab_size=250).cuda().encoder
+    conv = encoder.blocks.output.conv
+    x = torch.randn(3, conv.in_channels, 5, 7, generator=torch.Generator().manual_seed(0)).mul(30).half().cuda()
+    exact = F.conv2d(x.double(), conv.weight.double(), conv.bias.double())
+    found = dalle._by_halves(x, conv)
+    assert found.dtype == torch.float32 and relative_error(found, exact) < 1e-6
+    with torch.no_grad():
+        fast = encoder(map_pixels(images).cuda())
+    assert relative_error(fast, encoder(map_pixels(images).cuda()).detach()) < 1e-6
