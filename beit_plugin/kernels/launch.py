@@ -2,7 +2,9 @@
 
 Triton's launch looks at every argument, constant and option (about 15 us), and an operator of ``torch.library`` passes
 through PyTorch's dispatcher in Python (about 30 us). Here a launch that has been made before goes to the compiled
-kernel directly, and ``make_call`` takes a plain ``torch.autograd.Function`` for the operator where that serves as well.
+kernel directly, by addresses, as PyTorch's own compiler launches; profilers that hook into Triton's launches (Proton)
+see the first of each alone, those of CUDA see all. And ``make_call`` takes a plain ``torch.autograd.Function`` for the
+operator where that serves as well.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +21,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels read
 MAX_INT32 = 2**31 - 1
 # compiled kernels of Triton 3.2, that of torch 2.6, are launched without the constants
 REUSES_COMPILED = tuple(map(int, triton.__version__.split('.')[:2])) >= (3, 3)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -31,20 +34,22 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _runs_eagerly(tensors: Iterable[Tensor]) -> bool:
+def _runs_eagerly(tensors: Iterable[Any]) -> bool:
     """Whether nothing watches the operators that run: no compiler, no dispatch mode, no transform, no subclass.
 
-    Nor may a tensor be other than its memory says: batched gradients have none, negated views another sign.
+    Nor may a tensor be other than its memory says: batched gradients have none, negated views another sign. What is no
+    tensor but None is passed over.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first of all: a compiler cannot trace the others
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    return all(map(_is_plain, tensors))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor) and not tensor.is_neg()
+    for tensor in tensors:  # no generators: this runs for every kernel
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN or not torch._C._has_storage(tensor) or tensor.is_neg():
+            return False
+    return True
 
 
 def make_call(
@@ -83,7 +88,7 @@ def make_call(
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors  # once: under checkpointing they are given out once
             # with gradients of gradients wanted the operator says that it has none
-            direct = not torch.is_grad_enabled() and _runs_eagerly(t for t in (*grads, *saved) if t is not None)
+            direct = not torch.is_grad_enabled() and _runs_eagerly((*grads, *saved))
             return differentiate(run_backward if direct else backward, ctx, saved, *grads)
 
     def call(*inputs: Any) -> tuple[Any, ...]:
@@ -100,16 +105,6 @@ def make_call(
     return call
 
 
-def _kind(argument: Any) -> Any:
-    """What Triton compiles a kernel for: dtype and alignment of tensors, divisibility and range of integers."""
-    kind = type(argument)
-    if kind is int:
-        return argument % 16 == 0, argument == 1, argument > MAX_INT32
-    if kind is float or argument is None:
-        return kind
-    return argument.dtype, argument.data_ptr() % 16 == 0
-
-
 class Launcher:
     """A kernel with constants and options, which differ from those of other launchers of the same kernel.
 
@@ -123,6 +118,7 @@ class Launcher:
         self.kernel = kernel
         self.keywords = {**constants, **options}
         self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.reuses = REUSES_COMPILED and isinstance(kernel, triton.JITFunction)  # else it is interpreted
         self.compiled: dict[Any, Any] = {}
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
@@ -130,12 +126,31 @@ class Launcher:
 
         Args:
             grid: programs along the three axes.
-            arguments: all that are not constants, in the order of the signature.
+            arguments: all that are not constants, in the order of the signature: tensors, None, int and float.
         """
-        key = (torch.cuda.current_device() if torch.cuda.is_initialized() else None, *map(_kind, arguments))
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            made = self.kernel[grid](*arguments, **self.keywords)
-            self.compiled[key] = made if REUSES_COMPILED else None  # the interpreter, too, makes None
-        else:
-            compiled[grid](*arguments, *self.values)
+        if not self.reuses:
+            self.kernel[grid](*arguments, **self.keywords)
+            return
+        device = torch.cuda.current_device()
+        # what Triton compiles a kernel for: dtype and alignment of tensors, divisibility and range of integers
+        key: list[Any] = [device]
+        values: list[Any] = []  # as the compiled kernel takes them; of tensors it would ask the driver for each address
+        for argument in arguments:
+            kind = type(argument)
+            if kind is int:
+                key.append((argument % 16 == 0) + 2 * (argument == 1) + 4 * (argument > MAX_INT32))
+            elif kind is float or argument is None:
+                key.append(kind)
+            else:
+                address = argument.data_ptr()
+                # the device, so that Triton sees the first of a tensor that is elsewhere, and refuses it
+                key.append((argument.dtype, argument.get_device(), address % 16 == 0))
+                argument = address
+            values.append(argument)
+        found = self.compiled.get(tuple(key))
+        if found is None:
+            self.compiled[tuple(key)] = self.kernel[grid](*arguments, **self.keywords)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        # the three None: data about the launch, and functions before and after it, which profilers of Triton may set
+        found.run(*grid, stream, found.function, found.packed_metadata, None, None, None, *values, *self.values)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checkpoints import load
 from ..models.beit import VARIANTS
-from ..models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling, MIMOutput
+from ..models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling, MIMOutput, masked_positions
 from ..tokenizers import Tokenizer, load_tokenizer
 from .aside import ModelWithAside
 
@@ -53,13 +53,13 @@ class BEiTMIMHead:
         return BeitV2ForMaskedImageModeling(vocab_size=vocab_size, **layers, **backbone)  # type: ignore[arg-type]
 
     @staticmethod
-    def losses(output: MIMOutput, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def losses(output: MIMOutput, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The loss and what tells how it does, all scalars.
 
         Args:
             output: of the model, with labels and without ``all_logits``.
             tokens: (B, h, w) of all patches.
-            mask: (B, h, w).
+            targets: (M,) of the masked patches.
 
         Returns:
             ``loss``, the only entry with a gradient; ``acc``, share of the masked patches whose token is predicted;
@@ -69,7 +69,6 @@ class BEiTMIMHead:
         assert output.loss is not None
         found = {'loss': output.loss}
         with torch.no_grad():
-            targets = tokens[mask]  # M
             count = max(len(targets), 1)
             vocab = output.logits.shape[-1]
             found['acc'] = (output.logits.argmax(-1) == targets).sum() / count
@@ -138,6 +137,7 @@ class BEiTPretrainer(ModelWithAside):
         images: Tensor | None = None,
         mode: str = 'tensor',
         tokens: Tensor | None = None,
+        num_masked: int | None = None,
     ) -> Any:
         """One batch.
 
@@ -149,6 +149,7 @@ class BEiTPretrainer(ModelWithAside):
                 the tokenizer and those that the model predicts behind the mask, (B, h, w) each; ``tensor`` for the
                 logits, see ``BeitForMaskedImageModeling``.
             tokens: (B, h, w), where they are known; the tokenizer then does not run.
+            num_masked: M, patches that the mask hides; where it is given, no step waits for the GPU.
 
         Raises:
             ValueError: no mask, or neither images nor tokens, where they are needed, another grid of tokens than of
@@ -175,7 +176,9 @@ class BEiTPretrainer(ModelWithAside):
             )
         if mode == 'predict':
             return ids, self.model(inputs, mask, all_logits=True).logits.argmax(-1).view_as(ids)
-        return self.head.losses(self.model(inputs, mask, ids), ids, mask)
+        index = masked_positions(mask, num_masked if mask.is_cuda else None)  # M
+        targets = ids.flatten().index_select(0, index)
+        return self.head.losses(self.model(inputs, mask, targets), ids, targets)
 
     def _tokens(self, images: Tensor | None, tokens: Tensor | None) -> Tensor:
         if tokens is None:

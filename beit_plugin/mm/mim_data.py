@@ -91,7 +91,7 @@ class BEiTMIMDataPreprocessor(BaseDataPreprocessor):
         for name, values in (('mean', mean), ('std', std)):
             self.register_buffer(name, Tensor(list(values)).view(-1, 1, 1), persistent=False)
 
-    def forward(self, data: dict[str, Tensor], training: bool = False) -> dict[str, Tensor]:
+    def forward(self, data: dict[str, Tensor], training: bool = False) -> dict[str, Any]:
         """A batch for the model.
 
         Args:
@@ -101,9 +101,11 @@ class BEiTMIMDataPreprocessor(BaseDataPreprocessor):
 
         Returns:
             ``inputs`` normalised, and without ``tokens`` ``images`` in [0, 1] as tokenizers want them, both float32;
-            ``mask`` and ``tokens`` as they are.
+            ``mask`` and ``tokens`` as they are, and ``num_masked``, how many patches a mask on the CPU hides.
         """
+        mask = data.get('mask')
+        known = {} if mask is None or mask.is_cuda else {'num_masked': int(mask.sum())}  # later it takes a wait
         data = dict(self.cast_data(data))  # type: ignore[arg-type]
         view = data.pop('token_view', data['inputs'])
         images = {} if 'tokens' in data else {'images': view.float() / 255}
-        return {**data, **images, 'inputs': (data['inputs'].float() - self.mean) / self.std}
+        return {**data, **known, **images, 'inputs': (data['inputs'].float() - self.mean) / self.std}

@@ -97,14 +97,19 @@ class BEiTVQKD(ModelWithAside):
         """Nothing: the tokenizer was initialised as it was built."""
 
     def forward(
-        self, inputs: Tensor, images: Tensor | None = None, mask: Tensor | None = None, mode: str = 'tensor'
+        self,
+        inputs: Tensor,
+        images: Tensor | None = None,
+        mask: Tensor | None = None,
+        mode: str = 'tensor',
+        num_masked: int | None = None,
     ) -> Any:
         """One batch.
 
         Args:
-            inputs: (B, C, H, W) normalised; of no use here, as the mask.
+            inputs: (B, C, H, W) normalised; of no use here.
             images: (B, C, H, W) in [0, 1].
-            mask: what a data loader of masked image modelling brings along.
+            mask, num_masked: what a data loader of masked image modelling brings along; of no use either.
             mode: ``loss`` for the loss and, without gradient, its ``cosine`` and ``commitment`` parts, ``codebook``
                 (share of the codes in use) and ``perplexity``; ``predict`` and ``tensor`` for the tokens (B, h, w).
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import AttentionBackend, attention_dtype, choose_backend
-from .block import Block, BlockBias, PositionBias, activation
+from .block import Block, BlockBias, PositionBias, activation, run_on_kernels, take_kernels
 from .checks import check_numbers, head_mask_by_layer
 from .embed import BeitPatchEmbed, check_mask
 from .initialisation import OfficialInitialisation
@@ -270,13 +270,15 @@ class Beit(OfficialInitialisation, TimmInterface):
         output_attentions: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:
         """Tokens (B, N, C) through some blocks, with what ``position_bias`` gives; the rest as ``run_blocks``."""
-        wanted = set(stages)
+        blocks, wanted = list(blocks), set(stages)
+        recompute = self.grad_checkpointing and self.training
+        biases = [bias.windowed if getattr(block, 'windowed', False) else bias.full for block in blocks]
+        if not (recompute or head_masks or output_attentions) and take_kernels(blocks, x):
+            return *run_on_kernels(cast(list[Block], blocks), x, biases, wanted), []
         states = {0: x} if 0 in wanted else {}
         attentions = []
         for i, block in enumerate(blocks):
-            here = bias.windowed if getattr(block, 'windowed', False) else bias.full
-            args = (x, *here, head_masks[i] if head_masks else None, output_attentions)
-            recompute = self.grad_checkpointing and self.training
+            args = (x, *biases[i], head_masks[i] if head_masks else None, output_attentions)
             x, weights = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             if i + 1 in wanted:
                 states[i + 1] = x

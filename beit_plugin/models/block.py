@@ -3,7 +3,7 @@
 Shapes: B batch, N tokens, C channels, K heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from .kernel_support import is_exporting, is_plain, needs_transforms, triton_by_
 from .relative_position import BiasGeometry
 from .windows import Windows
 
-__all__ = ['Block', 'BlockBias', 'PositionBias', 'activation']
+__all__ = ['Block', 'BlockBias', 'PositionBias', 'activation', 'run_on_kernels', 'take_kernels']
 
 
 class BlockBias(NamedTuple):
@@ -137,8 +137,8 @@ class Block(nn.Module):
         return_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results as those of ``Attention.forward``."""
-        if head_mask is None and not return_weights and self._takes_kernels(x):
-            return self._forward_fused(x, BlockBias(geometry, shared_bias, windows)), None
+        if head_mask is None and not return_weights and self.takes_kernels(x):
+            return run_on_kernels([self], x, [BlockBias(geometry, shared_bias, windows)])[0], None
         y, weights = self.attn(self.norm1(x), geometry, shared_bias, windows, head_mask, return_weights)
         x = x + self.drop_path1(self._scale(y, self.gamma_1, x.dtype))
         y = self.mlp(self.norm2(x))
@@ -151,7 +151,7 @@ class Block(nn.Module):
 
         return ScriptedBlock(self)
 
-    def _takes_kernels(self, x: Tensor) -> bool:
+    def takes_kernels(self, x: Tensor) -> bool:
         """Whether norms, layer scales and residual sums of these tokens shall run as Triton kernels.
 
         Exported programs shall run without this package. A module that does more than its class says, by hooks or
@@ -172,17 +172,52 @@ class Block(nn.Module):
 
         return x.dtype in DTYPES and x.shape[-1] <= MAX_CHANNELS
 
-    def _forward_fused(self, x: Tensor, bias: BlockBias) -> Tensor:
-        from ..kernels.residual_ops import add_norm, layer_norm, scaled_add
-
-        dtype = attention_dtype(x)  # what the linear layers would cast to
-        norm1, norm2 = cast(nn.LayerNorm, self.norm1), cast(nn.LayerNorm, self.norm2)
-        y, _ = self.attn(layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype), *bias)
-        keep = _draw_keep(self.drop_path1, x)
-        x, normed = add_norm(x, y, self.gamma_1, keep, norm2.weight, norm2.bias, norm2.eps, dtype)
-        y = self.mlp(normed)
-        return scaled_add(x, y, self.gamma_2, _draw_keep(self.drop_path2, x))
-
     @staticmethod
     def _scale(y: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Tensor:
         return y.to(dtype) if gamma is None else y.to(dtype) * gamma.to(dtype)
+
+
+def take_kernels(blocks: Iterable[nn.Module], x: Tensor) -> bool:
+    """Whether ``run_on_kernels`` does all that calling these blocks one after the other would do."""
+    for block in blocks:  # no generator, which torch.compile would have to look into
+        if not is_plain(block, Block) or not cast(Block, block).takes_kernels(x):
+            return False
+    return True
+
+
+def run_on_kernels(
+    blocks: Sequence[Block], x: Tensor, biases: Iterable[BlockBias], wanted: Container[int] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Blocks on the Triton kernels, the last sum of each together with the first norm of the next.
+
+    Args:
+        blocks: each of which ``takes_kernels``.
+        x: (B, N, C).
+        biases: one for each block.
+        wanted: after how many of the blocks the tokens are also returned.
+
+    Returns:
+        (B, N, C), and the tokens by the number of blocks behind them.
+    """
+    from ..kernels.residual_ops import add_norm, layer_norm, scaled_add  # not before needed, as in Attention
+
+    dtype = attention_dtype(x)  # what the linear layers would cast to
+    states: dict[int, Tensor] = {}
+    branch = None  # of the block before, with its layer scale and factors: yet to be added to x
+    for i, (block, bias) in enumerate(zip(blocks, biases, strict=True)):
+        norm1, norm2 = cast(nn.LayerNorm, block.norm1), cast(nn.LayerNorm, block.norm2)
+        if branch is None:
+            normed = layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype)
+        else:
+            x, normed = add_norm(x, *branch, norm1.weight, norm1.bias, norm1.eps, dtype)
+        if i in wanted:
+            states[i] = x
+        y, _ = block.attn(normed, *bias)
+        keep = _draw_keep(block.drop_path1, x)
+        x, normed = add_norm(x, y, block.gamma_1, keep, norm2.weight, norm2.bias, norm2.eps, dtype)
+        branch = block.mlp(normed), block.gamma_2, _draw_keep(block.drop_path2, x)
+    if branch is not None:
+        x = scaled_add(x, *branch)
+    if len(blocks) in wanted:
+        states[len(blocks)] = x
+    return x, states

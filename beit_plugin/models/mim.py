@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from .beit import Beit
 from .block import Block, PositionBias
+from .checks import LateLook
 from .segmentation_loss import LabelGuard
 
-__all__ = ['BeitForMaskedImageModeling', 'BeitV2ForMaskedImageModeling', 'MIMOutput']
+__all__ = ['BeitForMaskedImageModeling', 'BeitV2ForMaskedImageModeling', 'MIMOutput', 'masked_positions']
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -37,6 +38,19 @@ class MIMOutput(NamedTuple):
     logits: Tensor  # M, vocab_size for the masked patches, or B, h*w, vocab_size for all
     cls_pt_loss: Tensor | None = None  # the part of the loss that comes from the [CLS] branch
     cls_pt_logits: Tensor | None = None  # of the [CLS] branch, shaped as logits
+
+
+def masked_positions(mask: Tensor, count: int | None = None) -> Tensor:
+    """Where a mask of any shape is True, as indices (M,) into it flattened, ascending.
+
+    Args:
+        mask: bool.
+        count: M, where it is known. Then nothing waits for a GPU, and ``torch.compile`` need not break its graph.
+    """
+    flat = mask.flatten()
+    if count is None:
+        return flat.nonzero().squeeze(1)
+    return flat.logical_not().to(torch.uint8).argsort(stable=True)[:count]
 
 
 def _refuse_pooling(global_pool: str | None) -> None:
@@ -63,6 +77,7 @@ class BeitForMaskedImageModeling(Beit):
         kwargs = {'use_mask_token': True, 'use_rel_pos_bias': False, 'use_shared_rel_pos_bias': True, **kwargs}
         super().__init__(num_classes=vocab_size, global_pool='', use_fc_norm=False, **kwargs)
         self._guard = LabelGuard('use the tokenizer that the model was built for, or set vocab_size to its vocabulary')
+        self._counted = LateLook()  # at the numbers of masked patches
 
     def _init_head(self, num_classes: int, *args: Any, **dd: Any) -> None:
         super()._init_head(0, *args, **dd)
@@ -132,8 +147,9 @@ class BeitForMaskedImageModeling(Beit):
 
         Raises:
             ValueError: a mask or labels of a wrong shape or dtype, labels without a mask or without a head, another
-                number of labels than of masked patches, or labels that are no token (on CUDA these are reported in
-                the next step, see ``LabelGuard``, so as not to wait for the device).
+                number of labels than of masked patches, or labels that are no token (on CUDA the last two are reported
+                in the next step, see ``LabelGuard``, so as not to wait for the device; compiled, another number makes
+                the loss NaN).
         """
         if labels is not None and bool_masked_pos is None:
             raise ValueError('got labels without bool_masked_pos; labels belong to masked patches, so give the mask')
@@ -141,14 +157,16 @@ class BeitForMaskedImageModeling(Beit):
             raise ValueError('got labels, but the model has no head; give it one with reset_classifier')
         index = targets = None
         if isinstance(bool_masked_pos, Tensor) and not (all_logits and labels is None):
-            # first of all: CUDA waits here for the number of patches, and torch.compile breaks its graph
-            index = bool_masked_pos.flatten().nonzero().squeeze(1)  # M
+            # first of all: CUDA may wait here for the number of patches, and torch.compile breaks its graph
+            index = masked_positions(bool_masked_pos, self._known_count(bool_masked_pos, labels))  # M
         x, grid = self.embed(pixel_values, bool_masked_pos)
         if labels is not None and bool_masked_pos is not None and index is not None:
-            tokens = self._token_map(labels, bool_masked_pos.flatten(1), grid, len(index))  # B, h*w
+            tokens = self._token_map(labels, bool_masked_pos.flatten(1), grid, index)  # B, h*w
             targets = tokens.flatten().index_select(0, index)  # M
         branches = self._branches(x, self.position_bias(grid, x))
         loss, logits = self._predict(branches[0], index, targets, all_logits)
+        if loss is not None and bool_masked_pos is not None and index is not None and torch.compiler.is_compiling():
+            loss = loss.masked_fill(bool_masked_pos.sum() != len(index), float('nan'))  # see _known_count
         if len(branches) == 1:
             return MIMOutput(loss, logits)
         cls_pt_loss, cls_pt_logits = self._predict(branches[1], index, targets, all_logits)
@@ -172,15 +190,31 @@ class BeitForMaskedImageModeling(Beit):
         picked = picked.to(torch.promote_types(picked.dtype, torch.float32))
         return F.cross_entropy(picked, targets, reduction='sum') / max(len(targets), 1), logits
 
-    def _token_map(self, labels: Tensor, mask: Tensor, grid: tuple[int, int], num_masked: int) -> Tensor:
+    def _known_count(self, mask: Tensor, labels: Tensor | None) -> int | None:
+        """M, if the labels tell and asking would take a wait; whether they are right is seen in the next step."""
+        listed = isinstance(labels, Tensor) and labels.ndim == 1 and labels.dtype in _INTEGERS
+        if not mask.is_cuda or labels is None or not listed:
+            return None
+        if not torch.compiler.is_compiling():
+            last = self._counted.collect()
+            if last is not None and int(last[0]) != last[1]:
+                raise ValueError(
+                    f'labels must have shape ({int(last[0])},) for the {int(last[0])} masked patches of the batch '
+                    f'before, got ({last[1]},); take them from the tokens of the same images with '
+                    'tokens[bool_masked_pos]'
+                )
+            self._counted.send(mask.sum(), len(labels))
+        return len(labels)
+
+    def _token_map(self, labels: Tensor, mask: Tensor, grid: tuple[int, int], index: Tensor) -> Tensor:
         """Labels of any form to checked tokens (B, h*w), 0 where no patch is masked."""
-        B, (h, w) = len(mask), grid
+        B, (h, w), num_masked = len(mask), grid, len(index)
         kind = f'{labels.dtype} of shape {tuple(labels.shape)}' if isinstance(labels, Tensor) else type(labels).__name__
         if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
             raise ValueError(f'labels must be a tensor of integers, got {kind}; give token indices, not logits')
         labels = labels.long()
         if labels.ndim == 1 and len(labels) == num_masked:
-            tokens = torch.zeros_like(mask, dtype=torch.long).masked_scatter(mask, labels)
+            tokens = labels.new_zeros(mask.numel()).scatter(0, index, labels).view_as(mask)
         elif tuple(labels.shape) in ((B, h * w), (B, h, w)):
             tokens = labels.reshape(B, h * w).masked_fill(~mask, 0)
         else:

