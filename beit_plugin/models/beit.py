@@ -265,7 +265,7 @@ class Beit(OfficialInitialisation, TimmInterface):
         blocks: Iterable[nn.Module],
         x: Tensor,
         bias: PositionBias,
-        head_masks: Sequence[Tensor | None] = (),
+        head_masks: Sequence[Tensor] = (),
         stages: Iterable[int] = (),
         output_attentions: bool = False,
     ) -> tuple[Tensor, dict[int, Tensor], list[Tensor]]:

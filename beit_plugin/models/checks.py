@@ -71,8 +71,8 @@ def check_numbers(in_chans: int, init_std: float, **rates: float) -> None:
             raise ValueError(f'{name} must be at least 0 and below 1, got {rate}')
 
 
-def head_mask_by_layer(head_mask: Tensor | None, depth: int, num_heads: int) -> list[Tensor | None]:
-    """The factors (K,) of each layer's heads.
+def head_mask_by_layer(head_mask: Tensor | None, depth: int, num_heads: int) -> list[Tensor]:
+    """The factors (K,) of each layer's heads, nothing where there are none.
 
     Args:
         head_mask: (K,) or (L, K), None for no factors.
@@ -82,7 +82,7 @@ def head_mask_by_layer(head_mask: Tensor | None, depth: int, num_heads: int) -> 
         ValueError: no tensor, or of another shape.
     """
     if head_mask is None:
-        return [None] * depth
+        return []
     if not isinstance(head_mask, Tensor):
         raise ValueError(f'head_mask must be a torch tensor, got {type(head_mask).__name__}; use torch.as_tensor')
     if tuple(head_mask.shape) not in ((num_heads,), (depth, num_heads)):

@@ -8,6 +8,7 @@ Legend: B batch, C channels, P processes, n values of a channel in this process.
 """
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
@@ -26,7 +27,7 @@ class SyncBatchNorm(_BatchNorm):
         ValueError: no channel axis, or an empty batch, which the other processes would wait for.
     """
 
-    process_group: Any = None  # all processes
+    process_group: Any = None  # all processes, on GPUs by a group of this module's own
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -44,8 +45,11 @@ class SyncBatchNorm(_BatchNorm):
             self.num_batches_tracked.add_(1)
             if momentum is None:  # the mean of all batches
                 momentum = 1.0 / float(self.num_batches_tracked)
+        group = self.process_group
+        if group is None and input.is_cuda and not torch.compiler.is_compiling():
+            group = _own_group()
         out: Any = _Synchronised.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, momentum, self.process_group
+            input, self.weight, self.bias, self.running_mean, self.running_var, self.eps, momentum, group
         )
         return out
 
@@ -57,8 +61,28 @@ class SyncBatchNorm(_BatchNorm):
         return distributed.get_world_size(self.process_group) > 1
 
 
+_own_groups: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # by the group of all processes, which may end
+
+
+def _own_group() -> Any:
+    """All processes once more: in one group sums are made one after the other.
+
+    A batch norm in the backward pass would wait until the gradients that `DistributedDataParallel` has of later layers
+    are summed, and the GPU with it. All processes come here at the same layer of the same step.
+    """
+    everybody = distributed.group.WORLD
+    if everybody not in _own_groups:
+        _own_groups[everybody] = distributed.new_group()
+    return _own_groups[everybody]
+
+
 def _gathered(own: Tensor, group: Any) -> Tensor:
-    """The rows (P, length) of all processes; by a sum, which every backend has."""
+    """The rows (P, length) of all processes."""
+    if distributed.get_backend(group) == 'nccl':
+        rows = own.new_empty(distributed.get_world_size(group), len(own))
+        distributed.all_gather_into_tensor(rows, own, group=group)
+        return rows
+    # by a sum, which every backend has
     rows = own.new_zeros(distributed.get_world_size(group), len(own))
     rows[distributed.get_rank(group)] = own
     distributed.all_reduce(rows, group=group)

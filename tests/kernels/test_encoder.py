@@ -8,6 +8,7 @@ from helpers import TINY, gradients, images, randomize, relative_error
 from torch.autograd import forward_ad
 
 from beit_plugin import Beit, BeitBackbone
+from beit_plugin.kernels import residual_ops
 from beit_plugin.models import attention as module
 from beit_plugin.models import kernel_support
 from beit_plugin.models.attention import fused_refusal
@@ -83,6 +84,36 @@ def test_backbone_and_pre_training():
     got, expected = fused.eval()(x, mask), eager.eval()(x, mask)
     assert relative_error(got.logits, expected.logits) <= 5e-6
     assert relative_error(got.cls_pt_logits, expected.cls_pt_logits) <= 5e-6
+
+
+def states_and_gradients(model, x):
+    torch.manual_seed(7)  # of stochastic depth
+    tokens, _, states, _ = model.run_blocks(x, stages=(0, 2, 3, 4))
+    (tokens.square().sum() + sum(state.square().sum() for state in states.values())).backward()
+    return [tokens, *states.values()], gradients(model.blocks)
+
+
+@pytest.mark.parametrize('hooked', [False, True])
+@pytest.mark.parametrize('options', [dict(), dict(window_size=2, img_size=64), dict(init_values=None)])
+def test_blocks_are_chained(options, hooked, monkeypatch):
+    """The last sum of each with the first norm of the next; not where somebody listens to a block."""
+    calls = []
+    for name in ('layer_norm', 'add_norm', 'scaled_add'):
+        function = getattr(residual_ops, name)
+        monkeypatch.setattr(
+            residual_ops, name, lambda *args, name=name, function=function: calls.append(name) or function(*args)
+        )
+    (fused, eager), heard = pair(Beit, drop_path_rate=0.3, **options), []
+    if hooked:
+        fused.blocks[1].register_forward_hook(lambda *_: heard.append(1))
+    x = images(64, 64).to(DEVICE)
+    (states, got), (expected_states, expected) = (states_and_gradients(model.train(), x) for model in (fused, eager))
+    depth = len(fused.blocks)
+    assert depth == 4 and len(heard) == hooked
+    counts = [calls.count(name) for name in ('layer_norm', 'add_norm', 'scaled_add')]
+    assert counts == ([depth] * 3 if hooked else [1, 2 * depth - 1, 1])
+    assert len(states) == 5 and max(map(relative_error, states, expected_states)) <= 5e-6
+    assert max(relative_error(got[name], expected[name]) for name in expected) <= 1e-5
 
 
 @pytest.mark.parametrize(

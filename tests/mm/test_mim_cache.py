@@ -121,7 +121,7 @@ class TestModel:
         model = MODELS.build(pretrainer(tokenizer())).eval()
         given = self.batch(torch.arange(32).view(2, 4, 4) % 13)
         data = model.data_preprocessor(given)
-        assert data.keys() == {'inputs', 'mask', 'tokens'}
+        assert data.keys() == {'inputs', 'mask', 'num_masked', 'tokens'}
         assert torch.equal(model(**data, mode='predict')[0], given['tokens'])
         images = dict(images=torch.rand(2, 3, SIZE, SIZE))
         assert model(**data, mode='loss')['loss'] == model(**data, **images, mode='loss')['loss']
