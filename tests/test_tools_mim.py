@@ -84,6 +84,9 @@ def test_tokenizer_then_pre_training(tmp_path):
         mim, *data, *common, '--resume', *options, 'train_cfg.max_iters=6', cwd=tmp_path
     )  # fmt: skip
     assert re.search(r'after 6 iterations, checkpoint .*mim/iter_6.pth', resumed.splitlines()[-1])
+    flexible = ('runner_type=FlexibleRunner', 'strategy.type=SingleDeviceStrategy')
+    resumed = tool(mim, *data, *common, '--resume', *options, 'train_cfg.max_iters=8', *flexible, cwd=tmp_path)
+    assert re.search(r'after 8 iterations, checkpoint .*mim/iter_8.pth', resumed.splitlines()[-1])
 
 
 class TestTokenCache:

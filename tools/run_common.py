@@ -203,10 +203,10 @@ def scope_of(cfg: Any) -> AbstractContextManager:
 
 def _built(cfg: Any) -> Any:
     """The Runner; raises DataError for arguments that a part of the configuration does not take, or unknown parts."""
-    from mmengine.runner import Runner
+    from mmengine.registry import RUNNERS
 
     try:
-        return Runner.from_cfg(cfg)
+        return RUNNERS.build(cfg)
     except (TypeError, KeyError) as error:
         said = str(error.args[0]) if error.args else ''
         if 'unexpected keyword argument' not in said and 'is not in the' not in said:
@@ -226,7 +226,7 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
         warnings.filterwarnings('ignore', message=message)
     with redirect_stdout(_Console(sys.stdout)):
         runner = _run(lambda: _built(cfg), OUR_OWN if is_pretraining(cfg) else ())
-    if is_main_process():
+    if is_main_process() and not isinstance(runner.model, dict):  # FlexibleRunner builds it later
         print(summary(runner, counts), flush=True)
     return runner
 

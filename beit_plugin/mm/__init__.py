@@ -38,6 +38,7 @@ from .neck import BEiTPyramid, BEiTSimplePyramid  # noqa: E402
 from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor  # noqa: E402
 from .resume import BEiTResumeHook  # noqa: E402
 from .run_ahead import BEiTRunAheadHook, allow_pinned_samples  # noqa: E402
+from .sharded import BEiTFSDPStrategy  # noqa: E402
 from .vqkd import BEiTVQKD  # noqa: E402
 
 allow_pinned_samples()
@@ -45,6 +46,7 @@ allow_pinned_samples()
 __all__ = [
     'BEiTBF16OptimWrapper',
     'BEiTBackbone',
+    'BEiTFSDPStrategy',
     'BEiTImages',
     'BEiTLayerDecayConstructor',
     'BEiTMIMDataPreprocessor',

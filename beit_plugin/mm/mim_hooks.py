@@ -12,6 +12,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.visualization import LocalVisBackend
 from PIL import Image
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..mim_data import ImageFiles
 from ..tokenizers import Tokenizer
@@ -71,7 +72,7 @@ class BEiTMIMPictureHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        if not is_main_process():
+        if not is_main_process() and not isinstance(runner.model, FullyShardedDataParallel):
             return
         if self.every_n_train_iters(runner, self.interval) or runner.iter + 1 == runner.max_iters:
             self._draw(runner)
@@ -84,9 +85,13 @@ class BEiTMIMPictureHook(Hook):
         try:
             data = model.data_preprocessor(batch)
             with torch.no_grad(), runner.optim_wrapper.optim_context(model):
-                tokens, predicted = model(**data, mode='predict')
+                # whose weights are spread over all processes, all have to ask
+                asked = runner.model if isinstance(runner.model, FullyShardedDataParallel) else model
+                tokens, predicted = asked(**data, mode='predict')
         finally:
             model.train(was_training)
+        if not is_main_process():
+            return
         seen = batch['inputs'].float() / 255
         mask = batch['mask']
         guess = torch.where(mask, predicted.cpu(), tokens.cpu())

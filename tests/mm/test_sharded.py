@@ -1,0 +1,110 @@
+"""Weights spread over two processes train as whole ones: losses, norms, checkpoints, going on from one; pictures."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from helpers import torchrun
+
+if importlib.util.find_spec('mmengine') is None:
+    pytest.skip("needs the extra: pip install 'beit-plugin[mmseg]'", allow_module_level=True)
+
+import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
+
+# isort: split
+
+from pretraining_common import pictures, tokenizer_file
+from tools_common import ROOT
+
+from beit_plugin import checkpoints
+from beit_plugin.mm.sharded import beit_blocks
+from beit_plugin.models.block import Block
+from beit_plugin.models.mim import BeitForMaskedImageModeling
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = {paths}
+import torch
+torch.set_num_threads(1)
+import beit_plugin.mm
+from mmengine.config import Config
+from mmengine.runner import FlexibleRunner
+from pretraining_common import PICTURE, config, pretrainer
+
+folder, kind, iterations, resume = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == 'resume'
+model = pretrainer(folder / 'tokenizer.safetensors', data_preprocessor=dict(type='BEiTMIMDataPreprocessor'))
+cfg = config(folder / 'images', folder / kind, model, iterations, hooks=PICTURE)
+cfg['optim_wrapper']['clip_grad'] = dict(max_norm=0.5)
+cuda = torch.cuda.device_count() >= 2
+whole = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParallel'))
+if not cuda:
+    whole['model_wrapper']['device_ids'] = None
+    cfg['env_cfg'] = dict(dist_cfg=dict(backend='gloo'))
+sharded = Config.fromfile({base!r}).strategy.to_dict()
+cfg.update(launcher='pytorch', resume=resume, strategy=whole if kind == 'whole' else sharded)
+runner = FlexibleRunner.from_cfg(Config(cfg))
+runner.train()
+found = {{name: runner.message_hub.get_scalar('train/' + name).data[0].tolist() for name in ('loss', 'grad_norm')}}
+own = sum(p.numel() for p in runner.model.parameters())
+(folder / f'{{kind}}{{torch.distributed.get_rank()}}.json').write_text(json.dumps(dict(found, own=own)))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope='module')
+def trainings(tmp_path_factory):
+    """Four steps by whole weights; by sharded ones two, and after a new start two more."""
+    folder = tmp_path_factory.mktemp('sharded')
+    pictures(folder / 'images')
+    tokenizer_file(folder / 'tokenizer.safetensors')
+    script = folder / 'script.py'
+    paths = [str(ROOT / 'tests'), str(ROOT)]
+    script.write_text(SCRIPT.format(paths=paths, base=str(ROOT / 'configs/_base_/sharded.py')))
+    for kind, iterations, resume in (('whole', 4, ''), ('sharded', 2, ''), ('sharded', 4, 'resume')):
+        torchrun(script, folder, kind, iterations, resume or 'anew')
+    return folder
+
+
+def read(folder, kind):
+    return [json.loads((folder / f'{kind}{rank}.json').read_text()) for rank in range(2)]
+
+
+def test_losses_and_norms(trainings):
+    for rank, (whole, sharded) in enumerate(zip(read(trainings, 'whole'), read(trainings, 'sharded'), strict=True)):
+        first = 2 * rank  # numbers of steps before are those of the checkpoint, which are the first process's
+        for name in ('loss', 'grad_norm'):
+            assert len(sharded[name]) == 4 and sharded[name][first:] == pytest.approx(whole[name][first:], rel=1e-5)
+        assert whole['grad_norm'][0] > 0.5  # it is clipped
+    assert sum(one['own'] for one in read(trainings, 'sharded')) < 1.1 * read(trainings, 'whole')[0]['own']
+
+
+def test_checkpoints(trainings):
+    whole, sharded = (torch.load(trainings / kind / 'iter_4.pth', weights_only=True) for kind in ('whole', 'sharded'))
+    weights = {name.removeprefix('module.'): value for name, value in whole['state_dict'].items()}
+    assert sharded['state_dict'].keys() == weights.keys()
+    assert max((sharded['state_dict'][name] - value).abs().max() for name, value in weights.items()) < 1e-5
+    groups = whole['optimizer']['param_groups'], sharded['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups[0]] == [group['weight_decay'] for group in groups[1]] == [0.05, 0]
+    names = [name for group in groups[0] for name in group['param_names']]
+    for number, name in enumerate(names):
+        for kind in ('exp_avg', 'exp_avg_sq'):
+            expected, found = (state['optimizer']['state'] for state in (whole, sharded))
+            found = found[name.removeprefix('module.')][kind]
+            assert torch.allclose(found, expected[number][kind].view_as(found), atol=1e-7), (name, kind)
+    model = BeitForMaskedImageModeling(
+        vocab_size=13, img_size=32, patch_size=8, embed_dim=16, depth=3, num_heads=2, mlp_ratio=2.0
+    )
+    assert not checkpoints.load(model, trainings / 'sharded/iter_4.pth').fresh
+    name = 'blocks.1.attn.qkv.weight'
+    assert torch.equal(model.state_dict()[name], sharded['state_dict'][f'model.{name}'])
+
+
+def test_pictures(trainings):
+    assert (trainings / 'sharded/pictures/iter_3.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_blocks_are_the_units():
+    block = Block(8, 2)
+    assert beit_blocks(block, False, 1) and not beit_blocks(block.mlp, False, 1) and beit_blocks(block.mlp, True, 1)
