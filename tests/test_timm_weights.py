@@ -1,5 +1,9 @@
 """Weights of every origin through timm's own loaders, at the resolution of the model that asks for them."""
 
+import importlib.util
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -104,6 +108,36 @@ def test_encoder_of_transformers(tmp_path):
     assert relative_error(model(x), theirs(x).pooler_output) < 1e-5
     larger = create(num_classes=0, checkpoint_path=str(tmp_path / 'model.safetensors'), img_size=(80, 112))
     assert relative_error(larger(images(80, 112)), model(images(80, 112))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    'name, options',
+    [
+        ('224', dict(num_classes=0)),
+        ('640_upernet', dict(num_classes=3)),
+        ('224', dict(features_only=True, add_fpn=True)),
+    ],
+)
+def test_a_pre_training_of_mmengine(name, options, tmp_path):
+    """As its Runner saves it: with objects of its own, and a head that the model does not have."""
+    pretrained = randomize(
+        timm.create_model('beit_plugin_base_patch16_224_mim', **{**SMALL, 'depth': 4, 'num_classes': 7})
+    )
+    code = (
+        'import sys, torch, mmengine.logging.history_buffer as h; state = torch.load(sys.argv[1], weights_only=True); '
+        'buffer = h.HistoryBuffer([1.0], [1]); '
+        'torch.save(dict(state_dict=state, message_hub=dict(loss=buffer), meta={}), sys.argv[1])'
+    )
+    path = tmp_path / 'iter_4.pth'
+    torch.save({f'model.{name}': value for name, value in pretrained.state_dict().items()}, path)
+    if importlib.util.find_spec('mmengine') is not None:
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', code, path], check=True)
+    model = timm.create_model(
+        f'beit_plugin_base_patch16_{name}', checkpoint_path=str(path), **{**SMALL, 'depth': 4, **options}
+    )
+    state = model.state_dict()
+    (loaded,) = (value for key, value in state.items() if key.endswith('blocks.1.attn.qkv.weight'))
+    assert torch.equal(loaded, pretrained.blocks[1].attn.qkv.weight)
 
 
 def test_shared_table_of_pre_training_starts_every_layer(tmp_path):

@@ -89,6 +89,16 @@ def test_tokenizer_then_pre_training(tmp_path):
     assert re.search(r'after 8 iterations, checkpoint .*mim/iter_8.pth', resumed.splitlines()[-1])
 
 
+def test_too_few_images_for_a_batch(tmp_path):
+    root = pictures(tmp_path / 'data')
+    common = ('--tokenizer', tokenizer_file(tmp_path / 'vqkd.pth'), '--data-root', root)
+    said = tool(ROOT / 'configs/mim/beit-base_dalle.py', *common, cwd=tmp_path, status=1)
+    assert said == (
+        'error: 6 training images do not fill a batch of 128 in each of 1 processes: take --cfg-options '
+        'train_dataloader.batch_size=N.'
+    )
+
+
 class TestTokenCache:
     def cache(self, root, *args, cwd, status=0):
         tokens = ('--tokenizer', tokenizer_file(cwd / 'vqkd.pth'), '--out', 'tokens.safetensors', '--workers', 0)

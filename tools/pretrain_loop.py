@@ -6,6 +6,7 @@ several GPUs and bad files left out.
 """
 
 import argparse
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,8 @@ def main() -> None:
     )
     optimizer = create_optimizer_v2(model, opt='adamw', lr=args.lr * args.batch_size / 2048, weight_decay=0.05)
     steps = args.epochs * len(loader)
+    if not steps:
+        sys.exit(f'error: {len(loader.dataset)} images do not fill a batch: take --batch-size N')
     scheduler = CosineLRScheduler(optimizer, steps, lr_min=1e-5, warmup_t=steps // 20, warmup_lr_init=1e-6)
     step, start = 0, time.monotonic()
     for epoch in range(args.epochs):

@@ -4,6 +4,7 @@ import argparse
 import copy
 import io
 import itertools
+import os
 import re
 import sys
 import warnings
@@ -30,7 +31,7 @@ CONSOLE_NOISE = (
     '"FileClient" will be deprecated',
     '"HardDiskBackend" is the alias',
 )
-OUR_OWN = (ValueError,)  # what our pre-training models raise for settings that do not fit, in a sentence
+OUR_OWN = (ValueError,)  # what our models raise for settings that do not fit, in a sentence
 # mmsegmentation warns about its own code and defaults at every start, and in multi-scale testing at every image
 WARNING_NOISE = (
     'The draw is False',
@@ -157,6 +158,18 @@ def use_mixed_precision(cfg: Any, dtype: str) -> None:
     cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=dtype)
 
 
+def check_batch(cfg: Any, count: int) -> None:
+    """Raises DataError when the images do not fill one batch of each process, and the rest of a pass is left out."""
+    loader = cfg.train_dataloader
+    endless = 'InfiniteSampler' in str(loader.get('sampler', {}).get('type'))
+    processes = int(os.environ.get('WORLD_SIZE', 1)) if cfg.get('launcher', 'none') != 'none' else 1
+    if loader.get('drop_last') and not endless and count < loader.batch_size * processes:
+        raise DataError(
+            f'{count} training images do not fill a batch of {loader.batch_size} in each of {processes} processes: '
+            'take --cfg-options train_dataloader.batch_size=N.'
+        )
+
+
 def check_pretrained(cfg: Any) -> None:
     """Raises DataError when the weights that the backbone starts from are a file that is not there."""
     file = cfg.model.get('backbone', {}).get('pretrained')
@@ -225,7 +238,7 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
     for message in WARNING_NOISE:
         warnings.filterwarnings('ignore', message=message)
     with redirect_stdout(_Console(sys.stdout)):
-        runner = _run(lambda: _built(cfg), OUR_OWN if is_pretraining(cfg) else ())
+        runner = _run(lambda: _built(cfg), OUR_OWN)
     if is_main_process() and not isinstance(runner.model, dict):  # FlexibleRunner builds it later
         print(summary(runner, counts), flush=True)
     return runner
@@ -236,6 +249,7 @@ def train(cfg: Any) -> tuple[Path | None, str, float | None]:
     loaders = {'training': cfg.train_dataloader, 'validation': cfg.get('val_dataloader')}
     with scope_of(cfg):
         counts = {name: check_data(loader.dataset) for name, loader in loaders.items() if loader}
+    check_batch(cfg, counts['training'])
     check_tokenizer(cfg)
     check_pretrained(cfg)
     runner = _start(cfg, counts)

@@ -265,8 +265,8 @@ def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_:
     for name in part.keys() - fitted.rest.keys():
         del state_dict[prefix + name]
     state_dict.update({prefix + name: tensor for name, tensor in fitted.state.items()})
-    if fitted.found.task == 'mim':  # it knows no classifier, so that of the model is to be trained
-        fresh = [fitted.own[name] for name in fitted.fresh if part_of(name) in ('fc_norm', 'head')]
+    if fitted.found.task == 'mim':  # it knows no classifier, pyramid or decoder: they are to be trained
+        fresh = [fitted.own[name] for name in fitted.fresh if part_of(name) != 'encoder']
         current = model.state_dict()
         state_dict.update({prefix + name: current[name] for name in fresh})
         if fresh:

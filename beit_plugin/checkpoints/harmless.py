@@ -2,7 +2,8 @@
 
 timm keeps its arguments (`argparse.Namespace`), mmengine its message hub: `HistoryBuffer` objects with NumPy arrays,
 and methods of theirs as ``getattr(HistoryBuffer, name)``. Here an inert object stands for `HistoryBuffer`: nothing of
-mmengine is needed or run. (`mm/safe_load.py` restores the real ones, which resuming needs.)
+mmengine is needed or run. `timm_models` allows all of it for good, since timm reads files itself; `mm/safe_load.py`
+puts the real ones in its place, which resuming needs.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ['harmless_globals', 'plain_globals']
+__all__ = ['harmless_globals', 'name_of', 'plain_globals']
 
 
 class _Inert:
@@ -54,8 +55,10 @@ def harmless_globals() -> list[Any]:
         'mmengine.logging.history_buffer.HistoryBuffer': _Inert,
         'builtins.getattr': _no_attribute,
     }
-    allowed = {
-        entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__name__}'
-        for entry in torch.serialization.get_safe_globals()
-    }
+    allowed = {name_of(entry) for entry in torch.serialization.get_safe_globals()}
     return [(value, name) for name, value in named.items() if name not in allowed]
+
+
+def name_of(entry: Any) -> str:
+    """The name in a file of one of ``torch.serialization.get_safe_globals()``."""
+    return entry[1] if isinstance(entry, tuple) else f'{entry.__module__}.{entry.__name__}'

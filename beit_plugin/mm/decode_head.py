@@ -50,7 +50,9 @@ class _LeanLoss(BaseDecodeHead):
         """
         losses = [loss for loss in self._losses() if _is_reduced_softmax(loss)]
         if len(losses) < len(self._losses()) or self.sampler is not None or seg_logits.shape[1] < 2:
-            return super().loss_by_feat(seg_logits, batch_data_samples)
+            return self._of_nothing(seg_logits, batch_data_samples) or super().loss_by_feat(
+                seg_logits, batch_data_samples
+            )
         labels = self._stack_batch_gt(batch_data_samples).squeeze(1)  # B, H, W
         counts = labels.numel() if self.ignore_index is None else (labels != self.ignore_index).sum()
         dtype = torch.promote_types(seg_logits.dtype, torch.float32)
@@ -69,6 +71,16 @@ class _LeanLoss(BaseDecodeHead):
             found[name] = found[name] + value if name in found else value
         found['acc_seg'] = (right[None] + EPS) * (100.0 / (counts + EPS))
         return found
+
+    def _of_nothing(self, seg_logits: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor] | None:
+        """Zeros, if a single output has no label to learn from, of which mmsegmentation asks for the largest."""
+        if seg_logits.shape[1] > 1 or self.ignore_index is None:
+            return None
+        if (self._stack_batch_gt(batch_data_samples) != self.ignore_index).any():
+            return None
+        zero = seg_logits.sum() * 0.0
+        losses = {str(loss.loss_name): zero for loss in self._losses()}
+        return {**losses, 'acc_seg': seg_logits.new_full((1,), 100.0)}
 
     def _stack_batch_gt(self, batch_data_samples: SampleList) -> Tensor:
         """Labels of the batch (B, 1, H, W), checked; `loss_by_feat` asks for them first."""

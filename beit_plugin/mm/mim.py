@@ -73,7 +73,7 @@ class BEiTMIMHead:
             vocab = output.logits.shape[-1]
             found['acc'] = (output.logits.argmax(-1) == targets).sum() / count
             found['top_token'] = _counts(targets, vocab).max() / count
-            found['codebook'] = (_counts(tokens, vocab) > 0).float().mean()
+            found['codebook'] = (_counts(tokens.long(), vocab) > 0).float().mean()
             if output.cls_pt_loss is not None and output.cls_pt_logits is not None:
                 found['cls_part'] = output.cls_pt_loss.detach()
                 found['cls_acc'] = (output.cls_pt_logits.argmax(-1) == targets).sum() / count
@@ -165,6 +165,10 @@ class BEiTPretrainer(ModelWithAside):
                 "collate_fn=dict(type='beit_mim_collate', masking=dict(...)) and BEiTMIMDataPreprocessor"
             )
         ids = self._tokens(images, tokens)
+        if mask.shape == ids.flatten(1).shape:
+            mask = mask.view_as(ids)
+        if mask.ndim != 3:
+            raise ValueError(f'expected a mask of shape (B, h, w) or (B, h*w), got {tuple(mask.shape)}')
         if ids.shape != mask.shape:
             (th, tw), (h, w) = ids.shape[1:], mask.shape[1:]
             ph, pw = self.tokenizer.patch_size
@@ -177,7 +181,7 @@ class BEiTPretrainer(ModelWithAside):
         if mode == 'predict':
             return ids, self.model(inputs, mask, all_logits=True).logits.argmax(-1).view_as(ids)
         index = masked_positions(mask, num_masked if mask.is_cuda else None)  # M
-        targets = ids.flatten().index_select(0, index)
+        targets = ids.flatten().index_select(0, index).long()
         return self.head.losses(self.model(inputs, mask, targets), ids, targets)
 
     def _tokens(self, images: Tensor | None, tokens: Tensor | None) -> Tensor:

@@ -104,7 +104,8 @@ class BEiTMIMDataPreprocessor(BaseDataPreprocessor):
             ``mask`` and ``tokens`` as they are, and ``num_masked``, how many patches a mask on the CPU hides.
         """
         mask = data.get('mask')
-        known = {} if mask is None or mask.is_cuda else {'num_masked': int(mask.sum())}  # later it takes a wait
+        on_cpu = isinstance(mask, Tensor) and not mask.is_cuda
+        known = {'num_masked': int(mask.sum())} if on_cpu else {}  # type: ignore[union-attr]  # later it takes a wait
         data = dict(self.cast_data(data))  # type: ignore[arg-type]
         view = data.pop('token_view', data['inputs'])
         images = {} if 'tokens' in data else {'images': view.float() / 255}

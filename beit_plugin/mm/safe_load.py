@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mmengine.logging import HistoryBuffer
 
-from ..checkpoints.harmless import plain_globals
+from ..checkpoints.harmless import name_of, plain_globals
 
 _STATISTICS_METHODS = ('current', 'max', 'mean', 'min')
 
@@ -32,4 +32,7 @@ def allow_mmengine_checkpoints() -> None:
     """Allow what mmengine's own checkpoints hold in weights-only `torch.load`; calling it again changes nothing."""
     safe: list[Any] = [HistoryBuffer, (_history_buffer_method, 'builtins.getattr')]
     safe += [(value, name) for name, value in plain_globals().items()]
-    torch.serialization.add_safe_globals(safe)
+    names = {name_of(entry) for entry in safe}
+    others = [entry for entry in torch.serialization.get_safe_globals() if name_of(entry) not in names]
+    torch.serialization.clear_safe_globals()  # no other way to take the stand-ins of ``harmless`` out
+    torch.serialization.add_safe_globals(others + safe)

@@ -131,6 +131,7 @@ class BeitBackbone(Beit):
         if add_fpn:
             rescales = (2, 1, 0.5, 0.25) if self.patch_embed.feat_ratio() == 8 else (4, 2, 1, 0.5)
             self.fpn = FeaturePyramid(self.embed_dim, rescales, fpn_norm, device=device, dtype=dtype)
+        self.levels = tuple(range(len(self.stages)))  # of the pyramid, that are there
         self.feature_info = self._describe_features()
 
     def _describe_features(self) -> list[dict[str, Any]]:
@@ -179,23 +180,28 @@ class BeitBackbone(Beit):
             return super().forward_intermediates(x, indices, **kwargs)
         if kwargs.get('output_fmt', 'NCHW') != 'NCHW' or not kwargs.get('intermediates_only', False):
             raise ValueError("a model with add_fpn gives maps only: use output_fmt='NCHW' and intermediates_only=True")
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        if not set(take) <= set(self.levels):
+            raise ValueError(f'got levels {take}, but only {self.levels} of the pyramid were kept')
         maps = self.forward(x)
-        take, _ = feature_take_indices(len(maps), indices)
-        return [maps[i] for i in take]
+        return [maps[self.levels.index(i)] for i in take]
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what the chosen maps do not need: blocks, levels of the pyramid, the classifier."""
+        """Removes what the chosen maps do not need: blocks, levels of the pyramid, the classifier.
+
+        Levels keep their numbers, by which hosts that build a model again ask for them.
+        """
         if self.fpn is None:
             return super().prune_intermediate_layers(indices, prune_norm, prune_head)
         take, _ = feature_take_indices(len(self.feature_info), indices)
         keep = sorted(set(take))
         self.fpn.keep_levels(keep)
         self.stages = tuple(self.stages[i] for i in keep)
-        self.feature_info = [self.feature_info[i] for i in keep]
+        self.levels = tuple(keep)
         del self.blocks[max(self.stages) :]
         if prune_head:
             self.fc_norm = nn.Identity()
             self.reset_classifier(0, '')
-        return [keep.index(i) for i in take]
+        return take

@@ -158,11 +158,9 @@ class Block(nn.Module):
         another forward, is called as it is.
         """
         backend = getattr(self.attn, 'backend', None)  # it may be wrapped
-        if is_exporting() or torch.jit.is_tracing():
+        if type(x) is not Tensor or is_exporting() or torch.jit.is_tracing() or needs_transforms():
             return False
         if backend != 'fused' and not (backend == 'auto' and triton_by_default(x.device)):
-            return False
-        if type(x) is not Tensor or needs_transforms():
             return False
         norms = all(_is_plain_norm(norm, x.shape[-1]) for norm in (self.norm1, self.norm2))
         paths = all(is_plain(drop_path, nn.Identity, DropPath) for drop_path in (self.drop_path1, self.drop_path2))
@@ -177,12 +175,24 @@ class Block(nn.Module):
         return y.to(dtype) if gamma is None else y.to(dtype) * gamma.to(dtype)
 
 
+_FORWARD = Block.forward  # others may have been put in its place
+
+
 def take_kernels(blocks: Iterable[nn.Module], x: Tensor) -> bool:
     """Whether ``run_on_kernels`` does all that calling these blocks one after the other would do."""
+    found = False  # of no block: nothing needs the kernels
     for block in blocks:  # no generator, which torch.compile would have to look into
-        if not is_plain(block, Block) or not cast(Block, block).takes_kernels(x):
+        if not is_plain(block, Block) or Block.forward is not _FORWARD or not cast(Block, block).takes_kernels(x):
             return False
-    return True
+        found = True
+    return found
+
+
+def _begins_to_learn(norm: nn.LayerNorm, *before: Tensor | None) -> bool:
+    """Whether the norm has a gradient and nothing before it: what frozen blocks give shall not need one either."""
+    if not torch.is_grad_enabled() or not (norm.weight.requires_grad or norm.bias.requires_grad):
+        return False
+    return not any(tensor is not None and tensor.requires_grad for tensor in before)
 
 
 def run_on_kernels(
@@ -206,6 +216,8 @@ def run_on_kernels(
     branch = None  # of the block before, with its layer scale and factors: yet to be added to x
     for i, (block, bias) in enumerate(zip(blocks, biases, strict=True)):
         norm1, norm2 = cast(nn.LayerNorm, block.norm1), cast(nn.LayerNorm, block.norm2)
+        if branch is not None and _begins_to_learn(norm1, x, *branch):
+            x, branch = scaled_add(x, *branch), None
         if branch is None:
             normed = layer_norm(x, norm1.weight, norm1.bias, norm1.eps, dtype)
         else:

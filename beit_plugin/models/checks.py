@@ -31,7 +31,7 @@ class LateLook:
         copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         copy.copy_(numbers, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(numbers.device))  # which need not be the current GPU's
         self._pending = arrived, copy, about
 
     def collect(self) -> tuple[Tensor, Any] | None:

@@ -85,8 +85,9 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     # torch 2.6 has no function that tells of hooks on all modules
     kinds = ('forward_pre', 'forward', 'backward_pre', 'backward')
     everywhere = any(getattr(global_hooks, f'_global_{kind}_hooks') for kind in kinds)
-    # accelerate replaces forward in the instance
-    return type(module) in classes and 'forward' not in module.__dict__ and not any(hooks) and not everywhere
+    # accelerate replaces forward in the instance, and Module.compile sets what is called in its place
+    replaced = 'forward' in module.__dict__ or module._compiled_call_impl is not None
+    return type(module) in classes and not replaced and not any(hooks) and not everywhere
 
 
 @cache

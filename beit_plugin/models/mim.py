@@ -148,8 +148,8 @@ class BeitForMaskedImageModeling(Beit):
         Raises:
             ValueError: a mask or labels of a wrong shape or dtype, labels without a mask or without a head, another
                 number of labels than of masked patches, or labels that are no token (on CUDA the last two are reported
-                in the next step, see ``LabelGuard``, so as not to wait for the device; compiled, another number makes
-                the loss NaN).
+                in the next step, see ``LabelGuard``, so as not to wait for the device; compiled, they make the loss
+                NaN).
         """
         if labels is not None and bool_masked_pos is None:
             raise ValueError('got labels without bool_masked_pos; labels belong to masked patches, so give the mask')
@@ -163,10 +163,15 @@ class BeitForMaskedImageModeling(Beit):
         if labels is not None and bool_masked_pos is not None and index is not None:
             tokens = self._token_map(labels, bool_masked_pos.flatten(1), grid, index)  # B, h*w
             targets = tokens.flatten().index_select(0, index)  # M
+        wrong = None
+        if targets is not None and bool_masked_pos is not None and torch.compiler.is_compiling():
+            # nothing can be reported there: the loss of what is wrong is NaN
+            wrong = ((targets < 0) | (targets >= self.num_classes)).any() | (bool_masked_pos.sum() != len(targets))
+            targets = targets.clamp(0, self.num_classes - 1)
         branches = self._branches(x, self.position_bias(grid, x))
         loss, logits = self._predict(branches[0], index, targets, all_logits)
-        if loss is not None and bool_masked_pos is not None and index is not None and torch.compiler.is_compiling():
-            loss = loss.masked_fill(bool_masked_pos.sum() != len(index), float('nan'))  # see _known_count
+        if loss is not None and wrong is not None:
+            loss = loss.masked_fill(wrong, float('nan'))
         if len(branches) == 1:
             return MIMOutput(loss, logits)
         cls_pt_loss, cls_pt_logits = self._predict(branches[1], index, targets, all_logits)
@@ -193,7 +198,7 @@ class BeitForMaskedImageModeling(Beit):
     def _known_count(self, mask: Tensor, labels: Tensor | None) -> int | None:
         """M, if the labels tell and asking would take a wait; whether they are right is seen in the next step."""
         listed = isinstance(labels, Tensor) and labels.ndim == 1 and labels.dtype in _INTEGERS
-        if not mask.is_cuda or labels is None or not listed:
+        if not mask.is_cuda or labels is None or not listed or len(labels) > mask.numel():
             return None
         if not torch.compiler.is_compiling():
             last = self._counted.collect()

@@ -7,6 +7,7 @@ error, and nothing waits. On a GPU the statistics are those of PyTorch's own ker
 Legend: B batch, C channels, P processes, n values of a channel in this process.
 """
 
+from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -72,8 +73,17 @@ def _own_group() -> Any:
     """
     everybody = distributed.group.WORLD
     if everybody not in _own_groups:
-        _own_groups[everybody] = distributed.new_group()
+        _own_groups[everybody] = distributed.new_group(timeout=_timeout(everybody))
     return _own_groups[everybody]
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """For how long a group waits; None, the default of its kind, where torch does not tell."""
+    device = torch.device('cuda' if distributed.get_backend(group) == 'nccl' else 'cpu')
+    try:
+        return group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def _gathered(own: Tensor, group: Any) -> Tensor:

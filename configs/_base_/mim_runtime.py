@@ -23,7 +23,7 @@ visualizer = dict(
 log_processor = dict(
     custom_cfg=[  # of the last 50 iterations; one batch is noise
         dict(data_src=name, method_name='mean', window_size=50)
-        for name in ('acc', 'top_token', 'codebook', 'images_per_s', 'data_share')
+        for name in ('acc', 'cls_acc', 'cls_part', 'top_token', 'codebook', 'images_per_s', 'data_share')
     ]
 )
 val_cfg = None

@@ -9,8 +9,8 @@ Data      images/train/*.jpg and annotations/instances_train.json in COCO's form
           of 480 pixels. Tested on the same images, which it is to learn by heart
 Hardware  one H200: 0.27 s a step, 10 GB
 Measured  60 of the 70 photographs, 1000 steps (train_cfg.max_iters=1000 param_scheduler.1.end=1000
-          optim_wrapper.type=BEiTBF16OptimWrapper), torch 2.11, 2026-11-29: box AP 70.9, mask AP 56.0 on these 60, and 0.0
-          on the other ten
+          optim_wrapper.type=BEiTBF16OptimWrapper), torch 2.11, 2026-11-29: box AP 70.9, mask AP 56.0 on these 60, and
+          0.0 on the other ten
 """
 
 _base_ = ['./mask-rcnn_beit-base_coco-1024.py']

@@ -119,7 +119,7 @@ def encoder_of(model):
 
 @needs_transformers
 @pytest.mark.parametrize('name, out_indices', [('', [-1]), ('_fpn', [3])])  # of stride 16, of stride 32
-def test_detr_of_transformers(name, out_indices):
+def test_detr_of_transformers(name, out_indices, tmp_path):
     from transformers import DetrConfig, DetrForObjectDetection
 
     config = DetrConfig(
@@ -137,6 +137,10 @@ def test_detr_of_transformers(name, out_indices):
     with torch.no_grad():
         output = model.eval()(pixel_values=x, pixel_mask=mask)
     assert output.logits.shape == (2, 5, 4) and output.pred_boxes.isfinite().all()
+    model.save_pretrained(tmp_path)
+    again = DetrForObjectDetection.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(pixel_values=x, pixel_mask=mask).logits, output.logits)
 
 
 @needs_transformers
@@ -199,6 +203,7 @@ def test_levels_that_are_left_out_are_not_computed(levels, blocks):
 
     whole, some = randomize(create((0, 1, 2, 3))), create(levels)
     assert len(some.model.blocks) == blocks and some.feature_info.reduction() == [(4, 8, 16, 32)[i] for i in levels]
+    assert tuple(some.feature_info.out_indices) == levels  # by which transformers builds a model again
     some.load_state_dict({name: whole.state_dict()[name] for name in some.state_dict()})
     maps = whole(images(70, 90))
     for got, level in zip(some(images(70, 90)), levels, strict=True):

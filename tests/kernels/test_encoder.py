@@ -1,5 +1,6 @@
 """The encoder with its attention on the Triton kernels."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from beit_plugin.kernels import residual_ops
 from beit_plugin.models import attention as module
 from beit_plugin.models import kernel_support
 from beit_plugin.models.attention import fused_refusal
+from beit_plugin.models.block import Block
 from beit_plugin.models.mim import BeitV2ForMaskedImageModeling
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -114,6 +116,37 @@ def test_blocks_are_chained(options, hooked, monkeypatch):
     assert counts == ([depth] * 3 if hooked else [1, 2 * depth - 1, 1])
     assert len(states) == 5 and max(map(relative_error, states, expected_states)) <= 5e-6
     assert max(relative_error(got[name], expected[name]) for name in expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')  # dynamo looks at it
+def test_blocks_compiled_in_place_run_compiled():
+    (fused, _), x = pair(Beit), images(48, 80).to(DEVICE)
+    expected, graphs = fused(x), []
+    torch._dynamo.reset()
+    fused.blocks[1].compile(backend=lambda graph, _: graphs.append(graph) or graph)
+    assert relative_error(fused(x), expected) <= 5e-6 and graphs
+
+
+def test_another_forward_of_blocks_is_called(monkeypatch):
+    (fused, _), calls, forward = pair(Beit), [], Block.forward
+    monkeypatch.setattr(Block, 'forward', lambda self, *args: calls.append(1) or forward(self, *args))
+    fused(images(48, 80).to(DEVICE))
+    assert len(calls) == 4
+
+
+def test_what_frozen_blocks_give_needs_no_gradient():
+    model, _ = pair(BeitBackbone, out_indices=(0, 1, 2, 3))
+    model.requires_grad_(False)
+    model.blocks[2:].requires_grad_(True)
+    maps = model.train()(images(48, 80).to(DEVICE))
+    assert [one.requires_grad for one in maps] == [False, False, True, True]
+
+
+def test_no_block_needs_no_kernel(monkeypatch):
+    """Not even Triton."""
+    monkeypatch.setitem(sys.modules, 'beit_plugin.kernels.residual_ops', None)
+    stem = BeitBackbone(**{**SIZES, 'attn_backend': 'fused'}, out_features=['stem']).to(DEVICE)
+    assert stem(images(48, 80).to(DEVICE))[0].shape == (2, 32, 3, 5)
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ def test_one_output_tells_two_classes_apart(classes):
     assert losses['loss_ce'].isfinite()
     with pytest.raises(ValueError, match='has the labels 2, but there are only the 2 classes 0 to 1'):
         model.loss(maps(), samples(torch.full((2, 32, 48), 2)), {})
+    losses = model.loss(maps(), samples(torch.full((2, 32, 48), 255)), {})
+    assert losses['loss_ce'].item() == 0 and losses['loss_ce'].requires_grad and losses['acc_seg'].shape == (1,)
 
 
 def test_everything_ignored_gives_a_finite_loss():

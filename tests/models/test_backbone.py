@@ -161,9 +161,13 @@ def test_forward_intermediates_of_a_pyramid_counts_levels():
 def test_pruning():
     model = backbone(add_fpn=True, out_indices=(0, 0, 1, 2))
     maps = model(X)
-    assert model.prune_intermediate_layers([1, 2]) == [0, 1] and len(model.blocks) == 2
+    assert model.prune_intermediate_layers([1, 2]) == [1, 2] and len(model.blocks) == 2
     assert all(torch.equal(a, b) for a, b in zip(model(X), maps[1:3], strict=True))
-    assert [f['reduction'] for f in model.feature_info] == [8, 16] and not list(model.head.parameters())
+    assert not list(model.head.parameters())
+    (kept,) = model.forward_intermediates(X, [2], intermediates_only=True)
+    assert torch.equal(kept, maps[2])
+    with pytest.raises(ValueError, match=r'got levels \[0\], but only \(1, 2\) of the pyramid were kept'):
+        model.forward_intermediates(X, [0], intermediates_only=True)
     model = backbone(out_indices=(0, 1))
     assert model.prune_intermediate_layers([0, 1]) == [0, 1] and len(model.blocks) == 2 and len(model(X)) == 2
 

@@ -230,6 +230,17 @@ def test_positions_with_and_without_their_number(share):
     assert torch.equal(masked_positions(mask, len(expected)), expected)
 
 
+@pytest.mark.parametrize('wrong', [VOCAB, -100, -1])
+def test_wrong_labels_make_the_loss_of_a_compiled_model_nan(wrong):
+    torch._dynamo.reset()
+    model = model_of(V2).eval()
+    compiled = torch.compile(model, backend='eager')
+    labels = TOKENS[MASK].clone()
+    assert relative_error(compiled(X, MASK, labels).loss, model(X, MASK, labels).loss) < 1e-6
+    labels[1] = wrong
+    assert compiled(X, MASK, labels).loss.isnan()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 @pytest.mark.filterwarnings('ignore:Synchronization debug mode')
 def test_listed_labels_need_no_wait_for_the_gpu():
