@@ -156,6 +156,17 @@ def test_mmsegmentation(segmentor, folder, tmp_path, monkeypatch, capsys, more):
 
 
 @needs_mmseg
+def test_an_image_that_a_pipeline_scales_to_nothing(segmentor, tmp_path, monkeypatch):
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    Image.new('RGB', (5000, 1)).save(folder / 'long.png')
+    monkeypatch.setattr(sys, 'argv', ['predict.py', str(folder), *map(str, segmentor), '--out', str(tmp_path / 'out')])
+    with pytest.raises(SystemExit) as stopped:
+        run_common.run(predict.main)
+    assert 'long.png (scaled by the test pipeline, an image of 1 x 5000 (H x W) pixels has' in str(stopped.value.code)
+
+
+@needs_mmseg
 def test_labels_are_those_of_the_evaluation(segmentor, folder, tmp_path, monkeypatch, capsys):
     from mmseg.apis import inference_model, init_model
 

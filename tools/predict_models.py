@@ -139,7 +139,15 @@ class MMSegPredictor(Predictor):
         import torch
         from mmengine.dataset import pseudo_collate
 
-        batch = pseudo_collate([self.pipeline(dict(img_path=str(path)))])
+        try:
+            batch = pseudo_collate([self.pipeline(dict(img_path=str(path)))])
+        except Exception as error:
+            if 'inv_scale' not in str(error):  # OpenCV's word for it
+                raise
+            size = f'{image.height} x {image.width} (H x W)'
+            raise ValueError(
+                f'scaled by the test pipeline, an image of {size} pixels has a side of none: crop it'
+            ) from error
         with torch.inference_mode():
             result = self.tester.test_step(batch)[0]
         return result.pred_sem_seg.data[0].cpu().numpy().astype(np.int64)
