@@ -110,6 +110,22 @@ def test_encoder_of_transformers(tmp_path):
     assert relative_error(larger(images(80, 112)), model(images(80, 112))) < 1e-5
 
 
+@pytest.fixture(scope='module')
+def pre_training(tmp_path_factory):
+    """A pre-trained model, and its file as mmengine's Runner saves it: with objects of its own."""
+    model = randomize(timm.create_model('beit_plugin_base_patch16_224_mim', **{**SMALL, 'depth': 4, 'num_classes': 7}))
+    path = tmp_path_factory.mktemp('mmengine') / 'iter_4.pth'
+    torch.save({f'model.{name}': value for name, value in model.state_dict().items()}, path)
+    code = (  # in another process: here mmengine's own objects may be allowed already
+        'import sys, torch, mmengine.logging.history_buffer as h; state = torch.load(sys.argv[1], weights_only=True); '
+        'buffer = h.HistoryBuffer([1.0], [1]); '
+        'torch.save(dict(state_dict=state, message_hub=dict(loss=buffer), meta={}), sys.argv[1])'
+    )
+    if importlib.util.find_spec('mmengine') is not None:
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', code, path], check=True)
+    return model, str(path)
+
+
 @pytest.mark.parametrize(
     'name, options',
     [
@@ -118,22 +134,11 @@ def test_encoder_of_transformers(tmp_path):
         ('224', dict(features_only=True, add_fpn=True)),
     ],
 )
-def test_a_pre_training_of_mmengine(name, options, tmp_path):
-    """As its Runner saves it: with objects of its own, and a head that the model does not have."""
-    pretrained = randomize(
-        timm.create_model('beit_plugin_base_patch16_224_mim', **{**SMALL, 'depth': 4, 'num_classes': 7})
-    )
-    code = (
-        'import sys, torch, mmengine.logging.history_buffer as h; state = torch.load(sys.argv[1], weights_only=True); '
-        'buffer = h.HistoryBuffer([1.0], [1]); '
-        'torch.save(dict(state_dict=state, message_hub=dict(loss=buffer), meta={}), sys.argv[1])'
-    )
-    path = tmp_path / 'iter_4.pth'
-    torch.save({f'model.{name}': value for name, value in pretrained.state_dict().items()}, path)
-    if importlib.util.find_spec('mmengine') is not None:
-        subprocess.run([sys.executable, '-W', 'ignore', '-c', code, path], check=True)
+def test_a_pre_training_of_mmengine(name, options, pre_training):
+    """Its head is left out, and what it does not have keeps its initial values."""
+    pretrained, path = pre_training
     model = timm.create_model(
-        f'beit_plugin_base_patch16_{name}', checkpoint_path=str(path), **{**SMALL, 'depth': 4, **options}
+        f'beit_plugin_base_patch16_{name}', checkpoint_path=path, **{**SMALL, 'depth': 4, **options}
     )
     state = model.state_dict()
     (loaded,) = (value for key, value in state.items() if key.endswith('blocks.1.attn.qkv.weight'))

@@ -33,37 +33,41 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner
 from pretraining_common import PICTURE, config, pretrainer
 
-folder, kind, iterations, resume = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == 'resume'
-model = pretrainer(folder / 'tokenizer.safetensors', data_preprocessor=dict(type='BEiTMIMDataPreprocessor'))
-cfg = config(folder / 'images', folder / kind, model, iterations, hooks=PICTURE)
-cfg['optim_wrapper']['clip_grad'] = dict(max_norm=0.5)
-cuda = torch.cuda.device_count() >= 2
-whole = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParallel'))
-if not cuda:
-    whole['model_wrapper']['device_ids'] = None
-    cfg['env_cfg'] = dict(dist_cfg=dict(backend='gloo'))
-sharded = Config.fromfile({base!r}).strategy.to_dict()
-cfg.update(launcher='pytorch', resume=resume, strategy=whole if kind == 'whole' else sharded)
-runner = FlexibleRunner.from_cfg(Config(cfg))
-runner.train()
-found = {{name: runner.message_hub.get_scalar('train/' + name).data[0].tolist() for name in ('loss', 'grad_norm')}}
-own = sum(p.numel() for p in runner.model.parameters())
-(folder / f'{{kind}}{{torch.distributed.get_rank()}}.json').write_text(json.dumps(dict(found, own=own)))
+folder, cuda = Path(sys.argv[1]), torch.cuda.device_count() >= 2
+
+def train(kind, iterations, resume=False):
+    model = pretrainer(folder / 'tokenizer.safetensors', data_preprocessor=dict(type='BEiTMIMDataPreprocessor'))
+    cfg = config(folder / 'images', folder / kind, model, iterations, hooks=PICTURE)
+    cfg['optim_wrapper']['clip_grad'] = dict(max_norm=0.5)
+    whole = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParallel'))
+    if not cuda:
+        whole['model_wrapper']['device_ids'] = None
+        cfg['env_cfg'] = dict(dist_cfg=dict(backend='gloo'))
+    sharded = Config.fromfile({base!r}).strategy.to_dict()
+    cfg.update(launcher='pytorch', resume=resume, strategy=whole if kind == 'whole' else sharded)
+    runner = FlexibleRunner.from_cfg(Config(cfg))
+    runner.train()
+    found = {{name: runner.message_hub.get_scalar('train/' + name).data[0].tolist() for name in ('loss', 'grad_norm')}}
+    own = sum(p.numel() for p in runner.model.parameters())
+    (folder / f'{{kind}}{{torch.distributed.get_rank()}}.json').write_text(json.dumps(dict(found, own=own)))
+
+train('whole', 4)
+train('sharded', 2)
+train('sharded', 4, resume=True)
 torch.distributed.destroy_process_group()
 """
 
 
 @pytest.fixture(scope='module')
 def trainings(tmp_path_factory):
-    """Four steps by whole weights; by sharded ones two, and after a new start two more."""
+    """Four steps by whole weights; by sharded ones two, and by another Runner two more."""
     folder = tmp_path_factory.mktemp('sharded')
     pictures(folder / 'images')
     tokenizer_file(folder / 'tokenizer.safetensors')
     script = folder / 'script.py'
     paths = [str(ROOT / 'tests'), str(ROOT)]
     script.write_text(SCRIPT.format(paths=paths, base=str(ROOT / 'configs/_base_/sharded.py')))
-    for kind, iterations, resume in (('whole', 4, ''), ('sharded', 2, ''), ('sharded', 4, 'resume')):
-        torchrun(script, folder, kind, iterations, resume or 'anew')
+    torchrun(script, folder)
     return folder
 
 
