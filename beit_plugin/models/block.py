@@ -178,14 +178,12 @@ class Block(nn.Module):
 _FORWARD = Block.forward  # others may have been put in its place
 
 
-def take_kernels(blocks: Iterable[nn.Module], x: Tensor) -> bool:
-    """Whether ``run_on_kernels`` does all that calling these blocks one after the other would do."""
-    found = False  # of no block: nothing needs the kernels
+def take_kernels(blocks: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether ``run_on_kernels`` does all that calling these blocks, one or more, one after the other would do."""
     for block in blocks:  # no generator, which torch.compile would have to look into
         if not is_plain(block, Block) or Block.forward is not _FORWARD or not cast(Block, block).takes_kernels(x):
             return False
-        found = True
-    return found
+    return len(blocks) > 0  # without any, nothing needs the kernels
 
 
 def _begins_to_learn(norm: nn.LayerNorm, *before: Tensor | None) -> bool:

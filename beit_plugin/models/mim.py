@@ -202,11 +202,11 @@ class BeitForMaskedImageModeling(Beit):
             return None
         if not torch.compiler.is_compiling():
             last = self._counted.collect()
-            if last is not None and int(last[0]) != last[1]:
+            hidden, given = (0, 0) if last is None else (int(last[0]), last[1])
+            if hidden != given:
                 raise ValueError(
-                    f'labels must have shape ({int(last[0])},) for the {int(last[0])} masked patches of the batch '
-                    f'before, got ({last[1]},); take them from the tokens of the same images with '
-                    'tokens[bool_masked_pos]'
+                    f'labels must have shape ({hidden},) for the {hidden} masked patches of the batch before, got '
+                    f'({given},); take them from the tokens of the same images with tokens[bool_masked_pos]'
                 )
             self._counted.send(mask.sum(), len(labels))
         return len(labels)

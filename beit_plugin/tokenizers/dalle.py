@@ -120,8 +120,8 @@ def _halves(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _by_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """A 1x1 convolution of float16 maps (B, C, h, w) with float32 weights, float32 result, on the matrix units.
 
-    As one product of both halves of the weights, which is added up in float32: the error of a float32 convolution in a
-    fifth of its time, which would be a third of the whole encoder's.
+    As one product of both halves of the weights, which is added up in float32: as exact as a float32 convolution, in
+    the time of the one in TF32 that PyTorch takes by default.
     """
     high, low, scale = _halves(conv.weight.flatten(1))
     rows = x.permute(0, 2, 3, 1)  # B, h, w, C
