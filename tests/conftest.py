@@ -11,6 +11,10 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float32
 torch.set_num_threads(1)  # the models are tiny: threads wait for each other longer than they work
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: 'slow' not in item.keywords)  # or the other process waits for them at the end
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

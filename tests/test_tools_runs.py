@@ -44,6 +44,7 @@ SHORT = (
 )
 
 
+@pytest.mark.slow
 class TestRuns:
     def test_mmsegmentations_own_tools(self, tmp_path):
         import mmseg

@@ -35,13 +35,14 @@ from .mim import BEiTMIMHead, BEiTPretrainer  # noqa: E402
 from .mim_data import BEiTImages, BEiTMIMDataPreprocessor  # noqa: E402
 from .mim_hooks import BEiTMIMPictureHook, BEiTThroughputHook, BEiTTokenCacheHook  # noqa: E402
 from .neck import BEiTPyramid, BEiTSimplePyramid  # noqa: E402
-from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor  # noqa: E402
+from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor, leave_optimizers_uncompiled  # noqa: E402
 from .resume import BEiTResumeHook  # noqa: E402
 from .run_ahead import BEiTRunAheadHook, allow_pinned_samples  # noqa: E402
 from .sharded import BEiTFSDPStrategy  # noqa: E402
 from .vqkd import BEiTVQKD  # noqa: E402
 
 allow_pinned_samples()
+leave_optimizers_uncompiled()
 
 __all__ = [
     'BEiTBF16OptimWrapper',

@@ -7,15 +7,16 @@ also serves detectors and pre-trainers, and it refuses a model in which nothing 
 
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from ..models.beit import Beit
 from ..models.param_groups import layer_id, no_weight_decay
 
-__all__ = ['BEiTLayerDecayConstructor', 'BEiTNoDecayConstructor']
+__all__ = ['BEiTLayerDecayConstructor', 'BEiTNoDecayConstructor', 'leave_optimizers_uncompiled']
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -118,3 +119,12 @@ class BEiTNoDecayConstructor(DefaultOptimWrapperConstructor):
                 group.setdefault('params', []).append(parameter)
                 group.setdefault('param_names', []).append(name)
         params.extend({'group_name': name, **group} for name, group in groups.items() if 'params' in group)
+
+
+def leave_optimizers_uncompiled() -> None:
+    """Lets mmengine's ``compile=True`` train: it compiles the model and its losses then, not what follows them.
+
+    mmengine 0.10.7 hands the whole step to ``torch.compile``. torch 2.14 ends in an internal error at an optimiser that
+    one of OpenMMLab's constructors made, whose groups are a kind of dictionaries of their own.
+    """
+    OptimWrapper.update_params = torch.compiler.disable(OptimWrapper.update_params)  # type: ignore[method-assign]

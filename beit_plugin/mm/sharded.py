@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from mmengine._strategy import FSDPStrategy
+from mmengine.device import get_device
 from mmengine.registry import FUNCTIONS, STRATEGIES
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..models.block import Block
+from .aside import ModelWithAside
 
 __all__ = ['BEiTFSDPStrategy', 'beit_blocks']
 
@@ -36,13 +38,17 @@ class BEiTFSDPStrategy(FSDPStrategy):
         * weights are already cut to pieces of one dimension when the optimiser is built, and what has one dimension is
           not decayed;
         * each process clips its pieces by their own norm, so that parts of one weight are scaled differently;
-        * a training cannot be resumed, for torch has changed the order of the arguments that it calls.
+        * a training cannot be resumed, for torch has changed the order of the arguments that it calls;
+        * weights are moved to the GPU one by one, and those of a tokenizer or teacher, which it does not see, are not.
     """
 
     def _wrap_model(self, model: nn.Module) -> Any:
         if not torch.cuda.is_available():
             self.model_wrapper = {'device_id': torch.device('cpu'), **(self.model_wrapper or {})}
             self.optim_state_dict_config.offload_to_cpu = False  # what is there already torch would not copy
+        for module in model.modules():
+            if isinstance(module, ModelWithAside):
+                module.aside.to(get_device())
         return super()._wrap_model(model)
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +15,12 @@ import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
 
 # isort: split
 
-from pretraining_common import pictures, tokenizer_file
+from mmengine.registry import MODELS
+from pretraining_common import pictures, pretrainer, tokenizer, tokenizer_file
 from tools_common import ROOT
 
 from beit_plugin import checkpoints
-from beit_plugin.mm.sharded import beit_blocks
+from beit_plugin.mm.sharded import BEiTFSDPStrategy, FSDPStrategy, beit_blocks
 from beit_plugin.models.block import Block
 from beit_plugin.models.mim import BeitForMaskedImageModeling
 
@@ -40,9 +42,9 @@ def train(kind, iterations, resume=False):
     cfg = config(folder / 'images', folder / kind, model, iterations, hooks=PICTURE)
     cfg['optim_wrapper']['clip_grad'] = dict(max_norm=0.5)
     whole = dict(type='DDPStrategy', model_wrapper=dict(type='MMDistributedDataParallel'))
+    cfg['env_cfg'] = dict(dist_cfg=dict(backend='nccl' if cuda else 'gloo'))
     if not cuda:
         whole['model_wrapper']['device_ids'] = None
-        cfg['env_cfg'] = dict(dist_cfg=dict(backend='gloo'))
     sharded = Config.fromfile({base!r}).strategy.to_dict()
     cfg.update(launcher='pytorch', resume=resume, strategy=whole if kind == 'whole' else sharded)
     runner = FlexibleRunner.from_cfg(Config(cfg))
@@ -107,6 +109,16 @@ def test_checkpoints(trainings):
 
 def test_pictures(trainings):
     assert (trainings / 'sharded/pictures/iter_3.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_tokenizer_goes_to_the_gpu(monkeypatch):
+    monkeypatch.setattr('beit_plugin.mm.sharded.get_device', lambda: 'meta')
+    monkeypatch.setattr(FSDPStrategy, '_wrap_model', lambda self, model: model)
+    model = MODELS.build(pretrainer(tokenizer()))
+    strategy = object.__new__(BEiTFSDPStrategy)
+    strategy.model_wrapper, strategy.optim_state_dict_config = None, SimpleNamespace()
+    assert strategy._wrap_model(model) is model
+    assert all(weight.is_meta for weight in model.tokenizer.parameters()) and not next(model.parameters()).is_meta
 
 
 def test_blocks_are_the_units():
