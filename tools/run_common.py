@@ -246,6 +246,8 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
 
 def train(cfg: Any) -> tuple[Path | None, str, float | None]:
     """Train by mmengine's Runner; returns the last checkpoint, the result in words and the last mIoU, None for none."""
+    from beit_plugin.mm.run_ahead import end_workers
+
     loaders = {'training': cfg.train_dataloader, 'validation': cfg.get('val_dataloader')}
     with scope_of(cfg):
         counts = {name: check_data(loader.dataset) for name, loader in loaders.items() if loader}
@@ -253,7 +255,10 @@ def train(cfg: Any) -> tuple[Path | None, str, float | None]:
     check_tokenizer(cfg)
     check_pretrained(cfg)
     runner = _start(cfg, counts)
-    _run(runner.train)
+    try:
+        _run(runner.train)
+    finally:
+        end_workers(runner)
     trained, wanted = (
         (runner.epoch, cfg.train_cfg.max_epochs)
         if 'max_epochs' in cfg.train_cfg

@@ -84,11 +84,13 @@ class _LeanLoss(BaseDecodeHead):
 
     def _stack_batch_gt(self, batch_data_samples: SampleList) -> Tensor:
         """Labels of the batch (B, 1, H, W), checked; `loss_by_feat` asks for them first."""
-        losses = self._losses()
+        labels = super()._stack_batch_gt(batch_data_samples)
+        if torch.compiler.is_compiling():
+            return labels  # not looked at; what is named here would be compiled anew for each image
         # a single output with a sigmoid tells two classes apart
-        binary = self.out_channels == 1 and any(getattr(loss, 'use_sigmoid', False) for loss in losses)
+        binary = self.out_channels == 1 and any(getattr(loss, 'use_sigmoid', False) for loss in self._losses())
         labels = self._label_guard(
-            super()._stack_batch_gt(batch_data_samples),
+            labels,
             2 if binary else self.num_classes,
             self.ignore_index,
             [sample.get('img_path', f'{i} of the batch') for i, sample in enumerate(batch_data_samples)],

@@ -17,7 +17,7 @@ from mmengine.registry import HOOKS
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
-__all__ = ['BEiTRunAheadHook', 'LateMessageHub', 'allow_pinned_samples']
+__all__ = ['BEiTRunAheadHook', 'LateMessageHub', 'allow_pinned_samples', 'end_workers']
 
 _MOST_WAITING = 2000  # numbers, before they are fetched without being asked for
 
@@ -114,6 +114,23 @@ class BEiTRunAheadHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         runner.message_hub.log_scalars  # noqa: B018  fetches what waits: the model may now go from the GPU
+
+    def after_run(self, runner: Any) -> None:
+        end_workers(runner)
+
+
+def end_workers(runner: Any) -> None:
+    """Ends the processes of the data loaders of a Runner; a loader that is asked again starts new ones.
+
+    Where they are persistent and fill pinned memory, torch 2.11 waits for each of them for five seconds when Python
+    ends, since nobody has told them to.
+    """
+    for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
+        loader = getattr(loop, 'dataloader', None)
+        iterator = getattr(loader, '_iterator', None)
+        if hasattr(iterator, '_shutdown_workers'):
+            iterator._shutdown_workers()
+            loader._iterator = None
 
 
 def allow_pinned_samples() -> None:

@@ -3,8 +3,10 @@
 import copy
 import importlib.util
 import json
+import multiprocessing
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +152,17 @@ def test_preprocessed_as_by_mmsegmentation(swaps, training, channels):
         assert torch.equal(a.gt_sem_seg.data, b.gt_sem_seg.data) and a.metainfo == b.metainfo
 
 
+def test_workers_end_with_the_run():
+    loader = torch.utils.data.DataLoader(torch.arange(4), num_workers=1, persistent_workers=True)
+    runner = SimpleNamespace(_train_loop=SimpleNamespace(dataloader=loader), _val_loop=None, _test_loop=dict(type='A'))
+    before = set(multiprocessing.active_children())
+    assert len(list(loader)) == 4 and len(set(multiprocessing.active_children()) - before) == 1
+    run_ahead.BEiTRunAheadHook().after_run(runner)
+    assert set(multiprocessing.active_children()) <= before
+    assert len(list(loader)) == 4  # asked again
+    run_ahead.end_workers(runner)
+
+
 class Watch(Hook):
     """Makes every wait for the GPU an error, after the first steps, in which kernels are compiled."""
 
@@ -171,7 +184,7 @@ class Waiting(Hook):
         self.found.append(len(getattr(runner.message_hub, '_waiting', ())))
 
 
-def train(folder, ahead, **options):
+def train(folder, ahead, *hooks, **options):
     """Numbers that a short training logs, those in its checkpoint, and how many waited behind each step."""
     cfg = Config.fromfile(SHAPES_CONFIG)
     cfg.merge_from_dict({
@@ -186,7 +199,8 @@ def train(folder, ahead, **options):
         cfg.default_hooks.pop('run_ahead')
     waiting = []
     runner = Runner.from_cfg(cfg)
-    runner.register_hook(Waiting(waiting))
+    for hook in (Waiting(waiting), *hooks):
+        runner.register_hook(hook)
     runner.train()
     lines = next(Path(folder).glob('*/vis_data/scalars.json')).read_text().splitlines()
     kept = torch.load(folder / f'iter_{STEPS}.pth', weights_only=False)
@@ -203,14 +217,14 @@ def test_training_logs_the_same(tmp_path, monkeypatch):
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path))
     if not torch.cuda.is_available():
         monkeypatch.setattr(LateMessageHub, '_is_late', staticmethod(lambda value: isinstance(value, torch.Tensor)))
-    logged, noted, waiting = train(tmp_path / 'ahead', ahead=True)
+    logged, noted, waiting = train(tmp_path / 'ahead', True)
     assert len(noted['train/loss']) == len(noted['train/grad_norm']) == STEPS and {'loss', 'grad_norm'} <= set(logged)
     first = waiting[0]
     # it logs after the last step, and once after a few, so that one sees that it runs
     assert first >= 4 and waiting == [first, 2 * first, 0, first, 0]
     if torch.cuda.is_available():
         return  # not bit for bit there
-    assert (logged, noted, [0] * STEPS) == train(tmp_path / 'stock', ahead=False)
+    assert (logged, noted, [0] * STEPS) == train(tmp_path / 'stock', False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
@@ -219,8 +233,7 @@ def test_training_logs_the_same(tmp_path, monkeypatch):
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     image_folder(tmp_path, ('training', 'validation'), values=(0, 1, 7))
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path))
-    options = {'train_dataloader.pin_memory': True, 'custom_hooks': [dict(type=Watch)]}
     try:
-        train(tmp_path / 'ahead', ahead=True, **options)
+        train(tmp_path / 'ahead', True, Watch(), **{'train_dataloader.pin_memory': True})
     finally:
         torch.cuda.set_sync_debug_mode('default')

@@ -87,7 +87,8 @@ def test_losses_and_norms(trainings):
 
 
 def test_checkpoints(trainings):
-    whole, sharded = (torch.load(trainings / kind / 'iter_4.pth', weights_only=True) for kind in ('whole', 'sharded'))
+    paths = (trainings / kind / 'iter_4.pth' for kind in ('whole', 'sharded'))
+    whole, sharded = (torch.load(path, map_location='cpu', weights_only=True) for path in paths)
     weights = {name.removeprefix('module.'): value for name, value in whole['state_dict'].items()}
     assert sharded['state_dict'].keys() == weights.keys()
     assert max((sharded['state_dict'][name] - value).abs().max() for name, value in weights.items()) < 1e-5
