@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import DATASETS, FUNCTIONS, MODELS
 from torch import Tensor
@@ -91,6 +92,7 @@ class BEiTMIMDataPreprocessor(BaseDataPreprocessor):
         for name, values in (('mean', mean), ('std', std)):
             self.register_buffer(name, Tensor(list(values)).view(-1, 1, 1), persistent=False)
 
+    @torch.compiler.disable  # a count on the CPU breaks its graph, with twenty lines of a warning
     def forward(self, data: dict[str, Tensor], training: bool = False) -> dict[str, Any]:
         """A batch for the model.
 

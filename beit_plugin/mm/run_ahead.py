@@ -126,8 +126,8 @@ def end_workers(runner: Any) -> None:
     ends, since nobody has told them to.
     """
     for loop in (runner._train_loop, runner._val_loop, runner._test_loop):
-        loader = getattr(loop, 'dataloader', None)
-        iterator = getattr(loader, '_iterator', None)
+        loader: Any = getattr(loop, 'dataloader', None)
+        iterator: Any = getattr(loader, '_iterator', None)
         if hasattr(iterator, '_shutdown_workers'):
             iterator._shutdown_workers()
             loader._iterator = None

@@ -106,15 +106,6 @@ class _DallePart(nn.Module):
         return torch.autocast(x.device.type, dtype)
 
 
-def _of_eight_channels(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A convolution of images whose channels are filled up with zeros to a multiple of eight.
-
-    cuDNN's convolution of three channels has no use for the matrix units: it is a seventh of the compiled encoder.
-    """
-    missing = (0, 0, 0, 0, 0, -conv.in_channels % 8)
-    return F.conv2d(F.pad(x, missing), F.pad(conv.weight, missing), conv.bias, padding=conv.padding)  # type: ignore[arg-type]
-
-
 def _halves(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 to float16 ``high`` and ``low`` and ``scale`` with (high + low) / scale = weight to some 22 bits.
 
@@ -166,10 +157,9 @@ class DalleEncoder(_DallePart):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) after ``map_pixels`` to logits (B, V, h, w), h = H / 8, w = W / 8."""
         x = x.to(self.blocks[0].weight.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        stem, output = cast(nn.Conv2d, self.blocks[0]), self.blocks[-1]
         with self._autocast(x):
-            half = x.is_cuda and torch.is_autocast_enabled('cuda')
-            y = self.blocks[1:-1](_of_eight_channels(x, stem) if half else stem(x))
+            y = self.blocks[:-1](x)
+        output = self.blocks[-1]
         halves = (y.dtype, x.dtype) == (torch.float16, torch.float32) and y.is_cuda and _MIXED_PRODUCT
         with without_autocast(x):
             if halves and not torch.is_grad_enabled():

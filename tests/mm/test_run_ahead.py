@@ -5,6 +5,7 @@ import importlib.util
 import json
 import multiprocessing
 import pickle
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -164,12 +165,33 @@ def test_workers_end_with_the_run():
 
 
 class Watch(Hook):
-    """Makes every wait for the GPU an error, after the first steps, in which kernels are compiled."""
+    """Makes every wait for the GPU an error from the third step on; the lines of the log, which come later, wait.
 
-    priority = 'VERY_LOW'
+    Where there is no GPU, fetching a number is such a wait.
+    """
+
+    priority = 'NORMAL'  # of after_train_iter: behind those that note losses, ahead of the log
+
+    def __init__(self, monkeypatch):
+        self.mode, self.steps = 'default', 0
+        if torch.cuda.is_available():
+            self.set_mode = torch.cuda.set_sync_debug_mode
+            return
+        self.set_mode, fetch = partial(setattr, self, 'mode'), LateMessageHub._fetch
+
+        def watched(hub):
+            if self.mode == 'error' and hub._waiting:
+                raise RuntimeError('called a synchronizing CUDA operation')
+            fetch(hub)
+
+        monkeypatch.setattr(LateMessageHub, '_fetch', watched)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.set_mode('error' if runner.iter >= 2 else 'default')  # kernels are compiled before
+        self.steps += runner.iter >= 2
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        torch.cuda.set_sync_debug_mode('error' if runner.iter + 1 in range(2, STEPS - 1) else 'default')
+        self.set_mode('default')
 
 
 class Waiting(Hook):
@@ -227,13 +249,16 @@ def test_training_logs_the_same(tmp_path, monkeypatch):
     assert (logged, noted, [0] * STEPS) == train(tmp_path / 'stock', False)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 @pytest.mark.usefixtures('mmseg_scope')
 @pytest.mark.filterwarnings(*(f'ignore:{noise}' for noise in NOISE), 'ignore:Synchronization debug mode')
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     image_folder(tmp_path, ('training', 'validation'), values=(0, 1, 7))
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path))
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(LateMessageHub, '_is_late', staticmethod(lambda value: isinstance(value, torch.Tensor)))
+    watch = Watch(monkeypatch)
     try:
-        train(tmp_path / 'ahead', True, Watch(), **{'train_dataloader.pin_memory': True})
+        train(tmp_path / 'watched', True, watch, **{'train_dataloader.pin_memory': torch.cuda.is_available()})
     finally:
-        torch.cuda.set_sync_debug_mode('default')
+        watch.set_mode('default')
+    assert watch.steps == STEPS - 2

@@ -109,13 +109,6 @@ def test_cuda_computes_in_half_as_the_reference(make_dalle, images):
     assert relative_error(exact.logits(images.cuda()).cpu(), expected) < 5e-5
 
 
-@pytest.mark.parametrize('in_chans', [1, 3, 8])
-def test_channels_filled_up(in_chans):
-    conv = dalle._conv(in_chans, 16, 7)
-    images = torch.rand(2, in_chans, 20, 17)
-    assert relative_error(dalle._of_eight_channels(images, conv), conv(images)) < 1e-6
-
-
 @pytest.mark.parametrize('size', [1e-30, 1e-3, 1, 1e4, 1e30])
 def test_weights_are_two_halves(size):
     weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * size
