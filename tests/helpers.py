@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,11 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     got, expected = got.detach().double(), expected.detach().double()
     error = ((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     return float('inf') if error != error else error
+
+
+def worst(got: Iterable[Tensor | None], expected: Iterable[Tensor]) -> float:
+    """The largest ``relative_error`` of several tensors, less those that were not asked for."""
+    return max(relative_error(a, b) for a, b in zip(got, expected, strict=True) if a is not None)
 
 
 def weighted_sum(*outputs: Tensor) -> Tensor:

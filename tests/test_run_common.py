@@ -18,7 +18,7 @@ import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
 from beit_plugin.mm.transforms import DataFileError
 
 from data_folders import DataError  # isort: skip
-from run_common import _built, _run, check_pretrained, evaluate, load_config, use_mixed_precision  # isort: skip
+from run_common import _built, _run, check_pretrained, evaluate, load_config, run, use_mixed_precision  # isort: skip
 from run_summary import length, memory, summary  # isort: skip
 from run_data import check_data, report_left_out, set_on_error  # isort: skip
 
@@ -240,3 +240,12 @@ class TestSummary:
         del cfg.optim_wrapper['type']  # mmengine has a default
         assert length(cfg) == words
         assert self.lines(cfg)['schedule'] == f'{words}, effective batch 8, OptimWrapper'
+
+
+def test_processes_part_at_the_end():
+    def main():
+        torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+    run(main)
+    assert not torch.distributed.is_initialized()
+    run(lambda: None)

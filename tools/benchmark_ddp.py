@@ -108,8 +108,6 @@ def main() -> None:
             f'{world} x {name}, {what}, {args.size} px, {args.batch} images each: '
             f'{1e3 * step:.1f} ms a step, {world * args.batch / step:.1f} images/s{memory}'
         )
-    if world > 1:
-        distributed.destroy_process_group()
 
 
 if __name__ == '__main__':

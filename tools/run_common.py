@@ -38,6 +38,8 @@ WARNING_NOISE = (
     '``build_loss`` would be deprecated',
     'Default ``avg_non_ignore`` is False',
     'The shape of value will convert',
+    'FSDP.state_dict_type',  # mmengine's FSDPStrategy
+    'Setting MKL_NUM_THREADS',  # mmengine, in several processes
     "'pin_memory' argument is set as true",  # PyTorch, where there is no GPU: the configurations are for those who have
 )
 
@@ -259,11 +261,8 @@ def train(cfg: Any) -> tuple[Path | None, str, float | None]:
         _run(runner.train)
     finally:
         end_workers(runner)
-    trained, wanted = (
-        (runner.epoch, cfg.train_cfg.max_epochs)
-        if 'max_epochs' in cfg.train_cfg
-        else (runner.iter, cfg.train_cfg.max_iters)
-    )
+    unit = 'epoch' if 'max_epochs' in cfg.train_cfg else 'iter'
+    trained, wanted = getattr(runner, unit), cfg.train_cfg[f'max_{unit}s']
     if trained > wanted:
         print(f'nothing was trained: the checkpoint is that of {trained}, and the configuration ends at {wanted}.')
     report_left_out(runner.train_dataloader.dataset)
@@ -319,6 +318,9 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; what is wrong with the user's data or set-up becomes one sentence and exit status 1, Ctrl-C 130."""
     try:
         main()
+        distributed = sys.modules.get('torch.distributed')
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # or NCCL warns at the end, and gloo's threads may abort it
     except DataError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
