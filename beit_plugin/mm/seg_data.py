@@ -31,6 +31,7 @@ class BEiTSegDataPreProcessor(SegDataPreProcessor):
             data['inputs'] = [image.flip(0) for image in images]
         done = super().forward(data, training)
         if training:
-            for sample in done['data_samples']:  # a dimension of one has any stride, for each of which it would compile
-                sample.gt_sem_seg.data = sample.gt_sem_seg.data.squeeze(0).unsqueeze(0)
+            for sample in done['data_samples']:
+                if 'gt_sem_seg' in sample:  # a dimension of one has any stride, for each of which it would compile
+                    sample.gt_sem_seg.data = sample.gt_sem_seg.data.squeeze(0).unsqueeze(0)
         return done

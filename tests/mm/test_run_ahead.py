@@ -153,6 +153,15 @@ def test_preprocessed_as_by_mmsegmentation(swaps, training, channels):
         assert torch.equal(a.gt_sem_seg.data, b.gt_sem_seg.data) and a.metainfo == b.metainfo
 
 
+def test_samples_without_classes():
+    data = dict(
+        inputs=[torch.zeros(3, 8, 8, dtype=torch.uint8)],
+        data_samples=[SegDataSample(gt_depth_map=PixelData(data=torch.ones(1, 8, 8)))],
+    )
+    found = beit_plugin.mm.BEiTSegDataPreProcessor(mean=[0.0] * 3, std=[1.0] * 3, size=(8, 8))(data, True)
+    assert found['data_samples'][0].gt_depth_map.data.eq(1).all()
+
+
 def test_workers_end_with_the_run():
     loader = torch.utils.data.DataLoader(torch.arange(4), num_workers=1, persistent_workers=True)
     runner = SimpleNamespace(_train_loop=SimpleNamespace(dataloader=loader), _val_loop=None, _test_loop=dict(type='A'))
