@@ -18,9 +18,13 @@ import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
 from beit_plugin.mm.transforms import DataFileError
 
 from data_folders import DataError  # isort: skip
-from run_common import _built, _run, check_pretrained, evaluate, load_config, run, use_mixed_precision  # isort: skip
+from run_common import _built, _run, evaluate, load_config, run, use_mixed_precision  # isort: skip
+from run_options import check_options, check_pretrained, leave_whole  # isort: skip
 from run_summary import length, memory, summary  # isort: skip
 from run_data import check_data, report_left_out, set_on_error  # isort: skip
+
+
+SHARDED = dict(type='BEiTFSDPStrategy')
 
 
 def shapes_config(**options: Any) -> Any:
@@ -249,3 +253,35 @@ def test_processes_part_at_the_end():
     run(main)
     assert not torch.distributed.is_initialized()
     run(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ('options', 'sentence'),
+    [
+        (dict(compile='yes'), "compile is True, or has options as compile.backend=eager, got 'yes'"),
+        (dict(runner_type='FlexibleRunner', compile=True), 'compiles nothing under FlexibleRunner'),
+        (dict(strategy=SHARDED, launcher='pytorch', custom_hooks=[dict(type='EMAHook')]), 'cannot average weights'),
+        (dict(strategy=SHARDED), 'start it by torchrun --nproc_per_node N'),
+    ],
+)
+def test_options_that_do_not_go_together(options, sentence):
+    with pytest.raises(DataError, match=sentence):
+        check_options(shapes_config(**options))
+    check_options(shapes_config(compile=dict(backend='eager'), custom_hooks=[dict(type='EMAHook')]))
+    check_options(shapes_config(runner_type='FlexibleRunner', strategy=dict(type='SingleDeviceStrategy')))
+
+
+def test_sharded_models_are_evaluated_whole():
+    cfg = shapes_config(runner_type='FlexibleRunner', strategy=SHARDED)
+    leave_whole(cfg)
+    assert 'runner_type' not in cfg and 'strategy' not in cfg
+
+
+def test_what_our_models_say_is_a_sentence():
+    """And what others say is left with its traceback."""
+    from beit_plugin.masking import BlockMasking
+
+    with pytest.raises(DataError, match='at most the 16 patches'):
+        _run(lambda: BlockMasking((4, 4), 17)(1))
+    with pytest.raises(ValueError, match='invalid literal'):
+        _run(lambda: int('x'))

@@ -273,7 +273,7 @@ class TestConfigs:
 
     def test_missing_weights(self):
         from mmengine.config import Config
-        from run_common import check_pretrained
+        from run_options import check_pretrained
 
         for name, variable in (
             ('beit-large_upernet_ade20k-640', 'BEIT_LARGE_WEIGHTS'),

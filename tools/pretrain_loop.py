@@ -33,9 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, default=100, metavar='N')
     parser.add_argument('--lr', type=float, default=1.5e-3, help='for 2048 images (default: 1.5e-3)')
     parser.add_argument('--workers', type=int, default=8, metavar='N')
-    parser.add_argument(
-        '--out', type=Path, default=Path('mim.pth'), metavar='FILE', help='checkpoint (default: mim.pth)'
-    )
+    parser.add_argument('--out', type=Path, default=Path('mim.pth'), metavar='FILE', help='(default: mim.pth)')
     return parser.parse_args()
 
 
@@ -88,12 +86,13 @@ def main() -> None:
             step += 1
             scheduler.step(step)
         right = (output.logits.argmax(1) == tokens[batch['mask']]).float().mean()
-        speed = step * args.batch_size / (time.monotonic() - start)
-        print(
-            f'epoch {epoch + 1}: loss {output.loss:.3f}, token accuracy {right:.1%}, {speed:.0f} images/s', flush=True
-        )
+        speed = f'{step * args.batch_size / (time.monotonic() - start):.0f} images/s'
+        print(f'epoch {epoch + 1}: loss {output.loss:.3f}, token accuracy {right:.1%}, {speed}', flush=True)
         save(model, args.out, dialect='native')
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f'error: {error}')

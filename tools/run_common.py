@@ -4,9 +4,8 @@ import argparse
 import copy
 import io
 import itertools
-import os
-import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, redirect_stdout
@@ -17,6 +16,7 @@ from typing import Any
 from data_folders import DataError
 from run_data import check_data, data_sets, report_left_out
 from run_mim import check_tokenizer, is_pretraining, result, sentence
+from run_options import check_batch, check_options, check_pretrained, leave_whole
 from run_summary import inner, summary
 
 _RUN_NUMBERS = itertools.count(1)
@@ -160,32 +160,6 @@ def use_mixed_precision(cfg: Any, dtype: str) -> None:
     cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=dtype)
 
 
-def check_batch(cfg: Any, count: int) -> None:
-    """Raises DataError when the images do not fill one batch of each process, and the rest of a pass is left out."""
-    loader = cfg.train_dataloader
-    endless = 'InfiniteSampler' in str(loader.get('sampler', {}).get('type'))
-    processes = int(os.environ.get('WORLD_SIZE', 1)) if cfg.get('launcher', 'none') != 'none' else 1
-    if loader.get('drop_last') and not endless and count < loader.batch_size * processes:
-        raise DataError(
-            f'{count} training images do not fill a batch of {loader.batch_size} in each of {processes} processes: '
-            'take --cfg-options train_dataloader.batch_size=N.'
-        )
-
-
-def check_pretrained(cfg: Any) -> None:
-    """Raises DataError when the weights that the backbone starts from are a file that is not there."""
-    file = cfg.model.get('backbone', {}).get('pretrained')
-    if file is None or '://' in file or Path(file).is_file():
-        return
-    # the text of a file stands behind that of its base
-    variables = re.findall(r'pretrained ?= ?[\'"]{{\$(\w+)', cfg.text)
-    named = f'name it by the environment variable {variables[-1]} or' if variables else 'name it'
-    raise DataError(
-        f'the pre-trained weights {file} do not exist: {named} by --cfg-options model.backbone.pretrained=FILE '
-        '(None: start from random weights).'
-    )
-
-
 def load_weights(model: Any, checkpoint: Path) -> None:
     """Load all parameters of the model from the file; raises DataError when it does not fit."""
     from beit_plugin.checkpoints.convert import CheckpointError
@@ -254,6 +228,7 @@ def train(cfg: Any) -> tuple[Path | None, str, float | None]:
     with scope_of(cfg):
         counts = {name: check_data(loader.dataset) for name, loader in loaders.items() if loader}
     check_batch(cfg, counts['training'])
+    check_options(cfg)
     check_tokenizer(cfg)
     check_pretrained(cfg)
     runner = _start(cfg, counts)
@@ -285,6 +260,11 @@ def _run(step: Callable[[], Any], more: tuple[type[Exception], ...] = ()) -> Any
         raise DataError(f'{str(error).strip().rpartition("DataFileError: ")[2]}.') from error
     except (CheckpointError, *more) as error:
         raise DataError(f'{sentence(error)}.') from error
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get('__name__', '').startswith('beit_plugin.'):
+            raise
+        raise DataError(f'{sentence(error)}.') from error  # what our models say of settings in their first step
 
 
 def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
@@ -300,6 +280,7 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     cfg = copy.deepcopy(cfg)
     cfg.load_from = None if is_file else str(checkpoint)
     cfg.resume = False  # the copy of a resumed run says True, and would fetch the latest checkpoint instead
+    leave_whole(cfg)
     if tta:
         for dataset in data_sets(cfg.test_dataloader.dataset):
             dataset.pipeline = cfg.tta_pipeline

@@ -255,6 +255,8 @@ def fit(
 def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """What ``load_state_dict`` calls before it reads ``state_dict``; at module level, so that models can be pickled."""
     part = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    if any('_fsdp_wrapped_module.' in name for name, _ in model.named_parameters()):
+        return  # its weights have no shapes here; mm.sharded lets its own names in only
     try:
         detect(part)
     except CheckpointError:

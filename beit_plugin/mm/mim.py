@@ -171,6 +171,12 @@ class BEiTPretrainer(ModelWithAside):
             raise ValueError(f'expected a mask of shape (B, h, w) or (B, h*w), got {tuple(mask.shape)}')
         if ids.shape != mask.shape:
             (th, tw), (h, w) = ids.shape[1:], mask.shape[1:]
+            patches = tuple(n // p for n, p in zip(inputs.shape[2:], self.model.patch_embed.patch_size, strict=True))
+            if patches != (h, w):
+                raise ValueError(
+                    f'the images have {patches[0]} x {patches[1]} patches, but the masks have {h} x {w}; set grid of '
+                    f'the masking to {patches}'
+                )
             ph, pw = self.tokenizer.patch_size
             H, W = th * ph, tw * pw
             again = '' if tokens is None else ', and make the tokens anew'
@@ -188,7 +194,7 @@ class BEiTPretrainer(ModelWithAside):
         if tokens is None:
             assert images is not None
             return self.tokenizer.encode(images)
-        if not self._looked:  # once: a GPU must be waited for
+        if not self._looked and not torch.compiler.is_compiling():  # once: a GPU must be waited for
             self.tokenizer.check_tokens(tokens)
             self._looked = True
         return tokens

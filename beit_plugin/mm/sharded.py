@@ -14,10 +14,15 @@ from mmengine.registry import FUNCTIONS, STRATEGIES
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from ..checkpoints import CheckpointError
+from ..checkpoints.convert import some
 from ..models.block import Block
 from .aside import ModelWithAside
 
 __all__ = ['BEiTFSDPStrategy', 'beit_blocks']
+
+_WHOLE = 'module.'  # before the names of a DistributedDataParallel
+_SHARDED = '_fsdp_wrapped_module.'  # in those of a FullyShardedDataParallel
 
 
 @FUNCTIONS.register_module()
@@ -38,11 +43,23 @@ class BEiTFSDPStrategy(FSDPStrategy):
         * weights are already cut to pieces of one dimension when the optimiser is built, and what has one dimension is
           not decayed;
         * each process clips its pieces by their own norm, so that parts of one weight are scaled differently;
-        * a training cannot be resumed, for torch has changed the order of the arguments that it calls;
+        * a training cannot be resumed, for torch has changed the order of the arguments that it calls; nor can one with
+          whole weights, and the rate that is logged as ``base_lr`` is lost;
+        * of a checkpoint with other names nothing is loaded, without a word;
         * weights are moved to the GPU one by one, and those of a tokenizer or teacher, which it does not see, are not.
+
+    Raises:
+        ValueError: it was not started by torchrun, or the like.
+        CheckpointError: a checkpoint that lacks weights of the model by its own names (those of other dialects are
+            for ``pretrained=``), or to resume from an optimiser that does not name its weights.
     """
 
     def _wrap_model(self, model: nn.Module) -> Any:
+        if not torch.distributed.is_initialized():
+            raise ValueError(
+                'BEiTFSDPStrategy spreads weights over processes, and was started without: use torchrun '
+                '--nproc_per_node N and --launcher pytorch, or leave _base_/sharded.py out'
+            )
         if not torch.cuda.is_available():
             self.model_wrapper = {'device_id': torch.device('cpu'), **(self.model_wrapper or {})}
             self.optim_state_dict_config.offload_to_cpu = False  # what is there already torch would not copy
@@ -59,8 +76,45 @@ class BEiTFSDPStrategy(FSDPStrategy):
             wrapper.clip_func = partial(_clip_norm, model)
         return wrapper
 
+    def load_model_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:  # type: ignore[override]
+        state_dict = {name.removeprefix(_WHOLE): tensor for name, tensor in state_dict.items()}
+        names = [name.replace(_SHARDED, '') for name, _ in self.model.named_parameters()]
+        missing = [name for name in names if name not in state_dict]
+        if missing:
+            raise CheckpointError(
+                f'a model whose weights are spread over processes loads its own checkpoints only, and this one lacks '
+                f'{some(missing)}; give it as pretrained=, which is loaded before the weights are spread'
+            )
+        super().load_model_state_dict(state_dict, **kwargs)
+
+    def optim_state_dict(self) -> dict[str, Any]:
+        state_dict = super().optim_state_dict()
+        return {**state_dict, 'base_param_settings': self.optim_wrapper.state_dict()['base_param_settings']}
+
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
+        settings = {name: state_dict[name] for name in ('base_param_settings',) if name in state_dict}
         found = FullyShardedDataParallel.optim_state_dict_to_load(
-            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=state_dict
+            model=self.model, optim=self.optim_wrapper.optimizer, optim_state_dict=_by_names(state_dict)
         )
-        self.optim_wrapper.load_state_dict(found)
+        self.optim_wrapper.load_state_dict({**found, **settings})
+
+
+def _by_names(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimiser with weights by their names, as FSDP has it; elsewhere they have numbers."""
+    groups, states = state_dict['param_groups'], state_dict['state']
+    if all(isinstance(key, str) for key in states):
+        return {'state': states, 'param_groups': groups}
+    if not all(len(group.get('param_names', ())) == len(group['params']) for group in groups):
+        raise CheckpointError(
+            'the optimiser of the checkpoint does not say which weights its numbers are of, as those of '
+            'BEiTNoDecayConstructor and BEiTLayerDecayConstructor do; start from its weights by load_from instead'
+        )
+    names = {
+        number: name.removeprefix(_WHOLE)
+        for group in groups
+        for number, name in zip(group['params'], group['param_names'], strict=True)
+    }
+    return {
+        'state': {names[number]: state for number, state in states.items()},
+        'param_groups': [{**group, 'params': [names[number] for number in group['params']]} for group in groups],
+    }

@@ -9,6 +9,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from ..checkpoints.convert import some
 from ..tokenizers import VQKD, Teacher, create_vqkd
 from .aside import ModelWithAside
 
@@ -61,6 +62,21 @@ def build_teacher(
             raise ValueError(
                 f'the teacher {name} could not be loaded ({reason}); give weights=FILE, or None for random ones'
             ) from error
+        if weights is not None:
+            drawn = []  # twice, to know what is drawn at all
+            for number in (seed, seed + 1):
+                torch.manual_seed(number)
+                drawn.append(dict(timm.create_model(name, **options).named_parameters()))
+            left = [
+                key
+                for key, value in model.named_parameters()
+                if torch.equal(value, drawn[0][key]) and not torch.equal(value, drawn[1][key])
+            ]
+            if left:  # timm passes over names that do not fit
+                raise ValueError(
+                    f'the weights {weights} are not of the teacher {name}: they leave {some(left)} at random; give '
+                    'those of that very model, or None for random ones'
+                )
     return Teacher(model, mean=mean, std=std, input_size=input_size, through_classifier=through_classifier)
 
 

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from pretraining_common import config, pictures, pretrainer, tokenizer_file
+from pretraining_common import cache_file, config, pictures, pretrainer, tokenizer_file
 
 STEPS = 4
 GRAPHS = []  # that were compiled
@@ -48,6 +48,13 @@ def mim(tmp_path):
 
 
 @pytest.fixture
+def cached(mim, tmp_path):
+    cache = cache_file(tmp_path / 'tokens.safetensors', tmp_path / 'images')
+    mim['train_dataloader']['dataset']['token_cache'] = str(cache)
+    return mim
+
+
+@pytest.fixture
 def segmentor(tmp_path, monkeypatch, mmseg_scope):
     image_folder(tmp_path, ('training', 'validation'), values=(0, 1, 7))
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path))
@@ -71,7 +78,7 @@ def train(cfg, name, **options):
     return {key: runner.message_hub.get_scalar(f'train/{key}').data[0].tolist() for key in ('loss', 'graphs')}
 
 
-@pytest.mark.parametrize('kind', ['mim', 'segmentor'])
+@pytest.mark.parametrize('kind', ['mim', 'cached', 'segmentor'])
 @pytest.mark.filterwarnings(
     'ignore:The draw is False',  # mmsegmentation, at every start
     'ignore:``build_loss``',

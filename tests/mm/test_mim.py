@@ -190,6 +190,10 @@ class TestSentences:
                 lambda data: data.update(images=torch.rand(3, 3, 16, 16)),
                 r'gives 2 x 2 tokens of images of 16 x 16 pixels, but the masks have 4 x 4 .* to \(32, 32\)',
             ),
+            (
+                lambda data: data.update(inputs=torch.rand(3, 3, 24, 16), images=torch.rand(3, 3, 24, 16)),
+                r'the images have 3 x 2 patches, but the masks have 4 x 4; set grid of the masking to \(3, 2\)',
+            ),
             (lambda data: data.update(images=data['images'] * 255), r'expected images with values in \[0, 1\]'),
         ],
     )

@@ -266,10 +266,17 @@ class TestTeacher:
 
     def test_a_file(self, tmp_path):
         options = {name: value for name, value in TEACHER.items() if name not in ('name', 'weights')}
+        torch.manual_seed(5)  # other weights than those of the teacher's seed
         torch.save(timm.create_model('vit_tiny_patch16_224', **options).state_dict(), tmp_path / 'vit.pth')
         teacher = build_teacher(**{**TEACHER, 'weights': str(tmp_path / 'vit.pth')})
         saved = torch.load(tmp_path / 'vit.pth', weights_only=True)
         assert torch.equal(teacher.model.patch_embed.proj.weight, saved['patch_embed.proj.weight'])
+        part = {name: value for name, value in saved.items() if name != 'blocks.0.attn.qkv.weight'}
+        cases = ((part, 'they leave blocks.0.attn.qkv.weight at random'), ({'a': saved['norm.bias']}, 'cls_token'))
+        for other, left in cases:
+            torch.save(other, tmp_path / 'other.pth')
+            with pytest.raises(ValueError, match=f'are not of the teacher vit_tiny_patch16_224: .*{left}'):
+                build_teacher(**{**TEACHER, 'weights': str(tmp_path / 'other.pth')})
 
     @pytest.mark.parametrize(
         ('change', 'sentence'),

@@ -20,19 +20,23 @@ from pretraining_common import pictures, pretrainer, tokenizer, tokenizer_file
 from tools_common import ROOT
 
 from beit_plugin import checkpoints
-from beit_plugin.mm.sharded import BEiTFSDPStrategy, FSDPStrategy, beit_blocks
+from beit_plugin.mm.sharded import BEiTFSDPStrategy, FSDPStrategy, _by_names, beit_blocks
 from beit_plugin.models.block import Block
 from beit_plugin.models.mim import BeitForMaskedImageModeling
 
 SCRIPT = """
-import json, sys
+import json, shutil, sys
 from pathlib import Path
 sys.path[:0] = {paths}
 import torch
 torch.set_num_threads(1)
 import beit_plugin.mm
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import FlexibleRunner
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel as FSDP, StateDictType
+from beit_plugin.checkpoints import CheckpointError
+from beit_plugin.mm.sharded import BEiTFSDPStrategy, beit_blocks
 from pretraining_common import PICTURE, config, pretrainer
 
 folder, cuda = Path(sys.argv[1]), torch.cuda.device_count() >= 2
@@ -56,6 +60,27 @@ def train(kind, iterations, resume=False):
 train('whole', 4)
 train('sharded', 2)
 train('sharded', 4, resume=True)
+rank = torch.distributed.get_rank()
+if rank == 0:
+    (folder / 'from_whole').mkdir()
+    shutil.copy(folder / 'whole/iter_2.pth', folder / 'from_whole/iter_2.pth')
+    (folder / 'from_whole/last_checkpoint').write_text(str(folder / 'from_whole/iter_2.pth'))
+torch.distributed.barrier()
+train('from_whole', 4, resume=True)
+
+backbone = MODELS.build(dict(type='BEiTBackbone', embed_dims=16, num_layers=3, num_heads=2, patch_size=8, img_size=32))
+state = {{name: value + 1 for name, value in backbone.state_dict().items() if value.ndim}}
+device = torch.device(rank if cuda else 'cpu')
+strategy = object.__new__(BEiTFSDPStrategy)
+strategy.model = FSDP(backbone, auto_wrap_policy=beit_blocks, use_orig_params=True, device_id=device)
+FSDP.set_state_dict_type(strategy.model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=True))
+strategy.load_model_state_dict(state)
+found = strategy.model.state_dict()
+assert rank or all(torch.equal(found[name].cpu(), value) for name, value in state.items())
+try:
+    strategy.load_model_state_dict({{name.replace('layers', 'blocks'): value for name, value in state.items()}})
+except CheckpointError as error:
+    (folder / f'said{{rank}}').write_text(str(error))
 torch.distributed.destroy_process_group()
 """
 
@@ -86,6 +111,25 @@ def test_losses_and_norms(trainings):
     assert sum(one['own'] for one in read(trainings, 'sharded')) < 1.1 * read(trainings, 'whole')[0]['own']
 
 
+def test_from_a_training_with_whole_weights(trainings):
+    for whole, found in zip(read(trainings, 'whole'), read(trainings, 'from_whole'), strict=True):
+        assert found['loss'][2:] == pytest.approx(whole['loss'][2:], rel=1e-5)
+    unnamed = dict(state={0: {}}, param_groups=[dict(params=[0])])
+    with pytest.raises(checkpoints.CheckpointError, match='does not say which weights its numbers are of'):
+        _by_names(unnamed)
+
+
+def test_backbones_take_their_own_names_only(trainings):
+    for rank in range(2):
+        said = (trainings / f'said{rank}').read_text()
+        assert 'loads its own checkpoints only' in said and 'layers.' in said and 'pretrained=' in said
+
+
+def test_started_alone():
+    with pytest.raises(ValueError, match='spreads weights over processes, and was started without: use torchrun'):
+        object.__new__(BEiTFSDPStrategy)._wrap_model(Block(8, 2))
+
+
 def test_checkpoints(trainings):
     paths = (trainings / kind / 'iter_4.pth' for kind in ('whole', 'sharded'))
     whole, sharded = (torch.load(path, map_location='cpu', weights_only=True) for path in paths)
@@ -94,6 +138,7 @@ def test_checkpoints(trainings):
     assert max((sharded['state_dict'][name] - value).abs().max() for name, value in weights.items()) < 1e-5
     groups = whole['optimizer']['param_groups'], sharded['optimizer']['param_groups']
     assert [group['weight_decay'] for group in groups[0]] == [group['weight_decay'] for group in groups[1]] == [0.05, 0]
+    assert sharded['optimizer']['base_param_settings'] == whole['optimizer']['base_param_settings']
     names = [name for group in groups[0] for name in group['param_names']]
     for number, name in enumerate(names):
         for kind in ('exp_avg', 'exp_avg_sq'):
@@ -112,7 +157,7 @@ def test_pictures(trainings):
     assert (trainings / 'sharded/pictures/iter_3.png').read_bytes()[:4] == b'\x89PNG'
 
 
-def test_tokenizer_goes_to_the_gpu(monkeypatch):
+def test_tokenizer_goes_to_the_gpu(monkeypatch, process_group):
     monkeypatch.setattr('beit_plugin.mm.sharded.get_device', lambda: 'meta')
     monkeypatch.setattr(FSDPStrategy, '_wrap_model', lambda self, model: model)
     model = MODELS.build(pretrainer(tokenizer()))

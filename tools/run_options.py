@@ -1,0 +1,66 @@
+"""Configurations that cannot train as they say, which mmengine would pass over or end in a traceback at."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from data_folders import DataError
+
+FLEXIBLE = 'FlexibleRunner'
+SHARDED = 'FSDPStrategy'  # and ours, BEiTFSDPStrategy
+EMA = 'EMAHook'
+
+
+def check_options(cfg: Any) -> None:
+    """Raises DataError for a training that would not be the one that the configuration asks for."""
+    compiled = cfg.get('compile')
+    if compiled is not None and not isinstance(compiled, (bool, dict)):
+        raise DataError(f'compile is True, or has options as compile.backend=eager, got {compiled!r}.')
+    if cfg.get('runner_type') == FLEXIBLE and compiled:
+        raise DataError(
+            f'mmengine compiles nothing under {FLEXIBLE}: leave compile or runner_type (_base_/sharded.py) out.'
+        )
+    if not str((cfg.get('strategy') or {}).get('type')).endswith(SHARDED):
+        return
+    hooks = [*(cfg.get('custom_hooks') or ()), *(cfg.get('default_hooks') or {}).values()]
+    if any(hook and hook.get('type') == EMA for hook in hooks):
+        raise DataError(f'{EMA} cannot average weights that are spread: leave it or _base_/sharded.py out.')
+    if cfg.get('launcher', 'none') == 'none':
+        raise DataError(
+            'the configuration spreads weights over processes: start it by torchrun --nproc_per_node N '
+            'tools/train.py CONFIG --launcher pytorch.'
+        )
+
+
+def check_batch(cfg: Any, count: int) -> None:
+    """Raises DataError when the images do not fill one batch of each process, and the rest of a pass is left out."""
+    loader = cfg.train_dataloader
+    endless = 'InfiniteSampler' in str(loader.get('sampler', {}).get('type'))
+    processes = int(os.environ.get('WORLD_SIZE', 1)) if cfg.get('launcher', 'none') != 'none' else 1
+    if loader.get('drop_last') and not endless and count < loader.batch_size * processes:
+        raise DataError(
+            f'{count} training images do not fill a batch of {loader.batch_size} in each of {processes} processes: '
+            'take --cfg-options train_dataloader.batch_size=N.'
+        )
+
+
+def check_pretrained(cfg: Any) -> None:
+    """Raises DataError when the weights that the backbone starts from are a file that is not there."""
+    file = cfg.model.get('backbone', {}).get('pretrained')
+    if file is None or '://' in file or Path(file).is_file():
+        return
+    # the text of a file stands behind that of its base
+    variables = re.findall(r'pretrained ?= ?[\'"]{{\$(\w+)', cfg.text)
+    named = f'name it by the environment variable {variables[-1]} or' if variables else 'name it'
+    raise DataError(
+        f'the pre-trained weights {file} do not exist: {named} by --cfg-options model.backbone.pretrained=FILE '
+        '(None: start from random weights).'
+    )
+
+
+def leave_whole(cfg: Any) -> None:
+    """Let a model be evaluated as if it had been trained with whole weights: its checkpoints are the same."""
+    if cfg.get('runner_type') == FLEXIBLE:
+        cfg.pop('runner_type')
+        cfg.pop('strategy', None)
