@@ -22,7 +22,6 @@ from .aside import ModelWithAside
 __all__ = ['BEiTFSDPStrategy', 'beit_blocks']
 
 _WHOLE = 'module.'  # before the names of a DistributedDataParallel
-_SHARDED = '_fsdp_wrapped_module.'  # in those of a FullyShardedDataParallel
 
 
 @FUNCTIONS.register_module()
@@ -50,8 +49,8 @@ class BEiTFSDPStrategy(FSDPStrategy):
 
     Raises:
         ValueError: it was not started by torchrun, or the like.
-        CheckpointError: a checkpoint that lacks weights of the model by its own names (those of other dialects are
-            for ``pretrained=``), or to resume from an optimiser that does not name its weights.
+        CheckpointError: a checkpoint that lacks weights of the model by its own names and shapes (other dialects and
+            sizes are for ``pretrained=``), or to resume from an optimiser that does not name its weights.
     """
 
     def _wrap_model(self, model: nn.Module) -> Any:
@@ -60,6 +59,7 @@ class BEiTFSDPStrategy(FSDPStrategy):
                 'BEiTFSDPStrategy spreads weights over processes, and was started without: use torchrun '
                 '--nproc_per_node N and --launcher pytorch, or leave _base_/sharded.py out'
             )
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}  # spread they have none
         if not torch.cuda.is_available():
             self.model_wrapper = {'device_id': torch.device('cpu'), **(self.model_wrapper or {})}
             self.optim_state_dict_config.offload_to_cpu = False  # what is there already torch would not copy
@@ -78,12 +78,14 @@ class BEiTFSDPStrategy(FSDPStrategy):
 
     def load_model_state_dict(self, state_dict: dict[str, Any], **kwargs: Any) -> None:  # type: ignore[override]
         state_dict = {name.removeprefix(_WHOLE): tensor for name, tensor in state_dict.items()}
-        names = [name.replace(_SHARDED, '') for name, _ in self.model.named_parameters()]
-        missing = [name for name in names if name not in state_dict]
-        if missing:
+        wrong = [
+            name for name, shape in self._shapes.items() if name not in state_dict or state_dict[name].shape != shape
+        ]
+        if wrong:
             raise CheckpointError(
-                f'a model whose weights are spread over processes loads its own checkpoints only, and this one lacks '
-                f'{some(missing)}; give it as pretrained=, which is loaded before the weights are spread'
+                'a model whose weights are spread over processes loads its own checkpoints only, and this one lacks '
+                f'{some(wrong)}, or has them in other shapes; give it as pretrained=, which is loaded before the '
+                'weights are spread'
             )
         super().load_model_state_dict(state_dict, **kwargs)
 

@@ -32,11 +32,9 @@ import torch
 torch.set_num_threads(1)
 import beit_plugin.mm
 from mmengine.config import Config
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, STRATEGIES
 from mmengine.runner import FlexibleRunner
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel as FSDP, StateDictType
 from beit_plugin.checkpoints import CheckpointError
-from beit_plugin.mm.sharded import BEiTFSDPStrategy, beit_blocks
 from pretraining_common import PICTURE, config, pretrainer
 
 folder, cuda = Path(sys.argv[1]), torch.cuda.device_count() >= 2
@@ -70,17 +68,20 @@ train('from_whole', 4, resume=True)
 
 backbone = MODELS.build(dict(type='BEiTBackbone', embed_dims=16, num_layers=3, num_heads=2, patch_size=8, img_size=32))
 state = {{name: value + 1 for name, value in backbone.state_dict().items() if value.ndim}}
-device = torch.device(rank if cuda else 'cpu')
-strategy = object.__new__(BEiTFSDPStrategy)
-strategy.model = FSDP(backbone, auto_wrap_policy=beit_blocks, use_orig_params=True, device_id=device)
-FSDP.set_state_dict_type(strategy.model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=True))
+strategy = STRATEGIES.build(Config.fromfile({base!r}).strategy)
+strategy.model = strategy._wrap_model(backbone)
 strategy.load_model_state_dict(state)
 found = strategy.model.state_dict()
 assert rank or all(torch.equal(found[name].cpu(), value) for name, value in state.items())
-try:
-    strategy.load_model_state_dict({{name.replace('layers', 'blocks'): value for name, value in state.items()}})
-except CheckpointError as error:
-    (folder / f'said{{rank}}').write_text(str(error))
+said = []
+table = 'layers.1.attn.relative_position_bias_table'
+renamed = {{name.replace('layers', 'blocks'): value for name, value in state.items()}}
+for other in ({{**state, table: state[table][:9]}}, renamed):
+    try:
+        strategy.load_model_state_dict(other)
+    except CheckpointError as error:
+        said.append(str(error))
+(folder / f'said{{rank}}').write_text(chr(10).join(said))
 torch.distributed.destroy_process_group()
 """
 
@@ -121,8 +122,9 @@ def test_from_a_training_with_whole_weights(trainings):
 
 def test_backbones_take_their_own_names_only(trainings):
     for rank in range(2):
-        said = (trainings / f'said{rank}').read_text()
-        assert 'loads its own checkpoints only' in said and 'layers.' in said and 'pretrained=' in said
+        size, names = (trainings / f'said{rank}').read_text().splitlines()
+        assert 'lacks layers.1.attn.relative_position_bias_table, or has them in other shapes; give it as pre' in size
+        assert 'loads its own checkpoints only' in names and 'layers.0.' in names
 
 
 def test_started_alone():
