@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import sys
 
@@ -9,6 +10,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float32
 torch.set_num_threads(1)  # the models are tiny: threads wait for each other longer than they work
+
+
+def pytest_configure(config):
+    if not hasattr(config, 'workerinput') and importlib.util.find_spec('yapf'):
+        import yapf  # noqa: F401  of mmengine: writes a file at its first import, which two processes must not do at once
 
 
 def pytest_collection_modifyitems(items):
