@@ -6,7 +6,6 @@ timm keys a registering module by the last part of its name, so it must not be c
 import logging
 from typing import Any
 
-import torch
 from timm.models import build_model_with_cfg, register_model, register_notrace_module
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from .checkpoints import CheckpointError
 from .checkpoints.files import open_wrappers
 from .checkpoints.fit import accept_any_dialect, fit, part_of
-from .checkpoints.harmless import harmless_globals
+from .checkpoints.stand_ins import register_stand_ins
 from .models.backbone import BeitBackbone, resolve_stages
 from .models.beit import VARIANTS, Beit
 from .models.block import Block
@@ -28,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 __all__: list[str] = []  # register_model appends the entry points
 
-torch.serialization.add_safe_globals(harmless_globals())  # timm reads checkpoint_path=, also mmengine's, by itself
+register_stand_ins()  # timm reads checkpoint_path=, also mmengine's files, by itself
 for _leaf in (BeitPatchEmbed, Block, RelativePositionBias):  # timm's torch.fx features do not look into them
     register_notrace_module(_leaf)
 

@@ -126,7 +126,7 @@ class MMSegPredictor(Predictor):
         cfg.model.backbone.pop('pretrained', None)
         model = MODELS.build(cfg.model)
         load_weights(model, checkpoint)
-        held = read_file(checkpoint, 'meta')  # the weights stay in the file
+        held = read_file(checkpoint, with_values=False)
         meta = (held.get('meta') or {}).get('dataset_meta') or cfg.test_dataloader.dataset.get('metainfo') or {}
         count = model.decode_head.num_classes
         classes, palette = named(list(meta.get('classes') or ()), meta.get('palette'), count)

@@ -1,11 +1,10 @@
 """Reads and writes checkpoint files: nothing in a file is executed, and a write that fails leaves the old file.
 
-Formats: safetensors, and torch's own with ``weights_only=True``.
+Formats: safetensors, and torch's own (see ``torch_files``).
 """
 
 import os
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .convert import CheckpointError, StateDict
-from .harmless import harmless_globals
+from .torch_files import has_checksums, read_torch_file
+from .unpickle import UnknownName
 
 __all__ = [
     'SUFFIXES',
@@ -70,65 +70,61 @@ def open_wrappers(loaded: Any, source: str) -> StateDict:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> StateDict:
-    """Reads the weights of a checkpoint file to the CPU, without executing anything in it.
+def read_state_dict(path: str | os.PathLike[str], stand_ins: Mapping[str, type] | None = None) -> StateDict:
+    """Read the weights of a checkpoint file to the CPU, without executing anything in it.
 
     Args:
-        path: a ``.safetensors`` file, or any file that ``torch.save`` wrote.
+        path, stand_ins: see ``read_file``.
 
     Raises:
         CheckpointError: see ``read_file``, or there is no state dict in it.
     """
-    return open_wrappers(read_file(path), str(path))
+    return open_wrappers(read_file(path, stand_ins=stand_ins), str(path))
 
 
-def read_file(path: str | os.PathLike[str], device: str = 'cpu') -> Any:
-    """Reads all that a checkpoint file holds, without executing anything in it.
+def read_file(
+    path: str | os.PathLike[str], with_values: bool = True, stand_ins: Mapping[str, type] | None = None
+) -> Any:
+    """Read all that a checkpoint file holds, without executing anything in it.
 
     Args:
-        path: a ``.safetensors`` file, or any file that ``torch.save`` wrote.
-        device: where the tensors of torch's files go; ``meta`` leaves their values in the file.
+        path: a ``.safetensors`` file, or any file that ``torch.save`` wrote, whose checksums are compared.
+        with_values: False leaves the values of torch's files in the file: meta tensors.
+        stand_ins: see ``read_torch_file``.
 
     Raises:
-        CheckpointError: no such file, empty, cut off, of another kind, or a pickle that is more than weights.
+        CheckpointError: no such file, empty, damaged, of another kind, or a pickle that is more than weights.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'{path} does not exist; give the path of a checkpoint file')
     if path.stat().st_size == 0:
         raise CheckpointError(f'{path} is empty; it was cut off or never written, so fetch or save it again')
-    if path.suffix == '.safetensors':
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f'{path} is cut off or no safetensors file ({error}); fetch or save it again'
-            ) from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', UserWarning)  # of foreign pickle protocols; what matters is raised below
-            with torch.serialization.safe_globals(harmless_globals()):
-                return torch.load(path, map_location=device, weights_only=True)
-    except UnpicklingError as error:
-        if 'unsupported global' in str(error).lower() or 'Unsupported class' in str(error):
-            name = str(error).split('GLOBAL ')[-1].split(' ')[0]
-            raise CheckpointError(
-                f'{path} would run code when loaded ({name}), so it was not; where you trust its origin, load it '
-                'yourself and save its state_dict() as safetensors'
-            ) from error
-        raise CheckpointError(f'{path} is cut off or no checkpoint file; fetch or save it again') from error
-    except Exception as error:  # torch's reader fails in every way on a file that is damaged
-        if 'TorchScript' in str(error):
+        return load_file(path) if path.suffix == '.safetensors' else read_torch_file(path, with_values, stand_ins)
+    except UnknownName as error:
+        if str(error) == 'TorchScript':
             raise CheckpointError(f'{path} is a TorchScript program; save the state_dict() of the module') from error
-        raise CheckpointError(f'{path} is cut off or no checkpoint file; fetch or save it again') from error
+        raise CheckpointError(
+            f'{path} would run code when loaded ({error}), so it was not; where you trust its origin, load it '
+            'yourself and save its state_dict() as safetensors'
+        ) from error
+    except (SafetensorError, UnpicklingError, OSError) as error:
+        kind = 'safetensors' if path.suffix == '.safetensors' else 'checkpoint'
+        raise CheckpointError(
+            f'{path} is damaged, cut off or no {kind} file ({error}); fetch or save it again'
+        ) from error
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether a file that ``torch.save`` wrote fails its checksums, which reading it does not look at."""
-    if not torch.serialization.get_crc32_options() or not zipfile.is_zipfile(path):  # torch's old format has none
+    """Whether a file that ``torch.save`` wrote fails its checksums, which ``torch.load`` does not look at."""
+    if not zipfile.is_zipfile(path):  # torch's old format has none
         return False
-    with zipfile.ZipFile(path) as archive:
-        return archive.testzip() is not None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return has_checksums(archive) and archive.testzip() is not None
+    except (zipfile.BadZipFile, OSError):
+        return True
 
 
 def is_file_name(path: Path) -> bool:
@@ -159,12 +155,15 @@ def write_state_dict(
     """
     path = Path(path)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state_dict.items()}
-    if path.suffix == '.safetensors':
-        said = {'format': 'pt', **(metadata or {})}
-        whole = {name: tensor.clone() for name, tensor in tensors.items()}  # it refuses tensors that share memory
-        write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=said))
-    else:
-        write_atomically(path, lambda temporary: torch.save(tensors, temporary))
+    try:
+        if path.suffix == '.safetensors':
+            said = {'format': 'pt', **(metadata or {})}
+            whole = {name: tensor.clone() for name, tensor in tensors.items()}  # it refuses tensors that share memory
+            write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=said))
+        else:
+            write_atomically(path, lambda temporary: torch.save(tensors, temporary))
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OSError(f'{path} cannot be written: {error}') from error
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:

@@ -35,13 +35,16 @@ class Source(NamedTuple):
     grid: tuple[int, int] | None  # (h, w) in patches that it was trained at, where that is known
 
 
-def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> Source:
+def read_source(
+    source: str | os.PathLike[str] | Mapping[str, Any], stand_ins: Mapping[str, type] | None = None
+) -> Source:
     """Reads a checkpoint to the CPU, without executing anything in it.
 
     Args:
         source: a state dict; a file (.safetensors, or what ``torch.save`` wrote); a folder that transformers'
             ``save_pretrained`` wrote; an http(s) URL, checked against the sha256 in its file name where there is one;
             or a hub id (``microsoft/beit-base-patch16-224``), also with ``hf-hub:`` before it as timm writes it.
+        stand_ins: see ``files.read_file``.
 
     Raises:
         CheckpointError: it does not exist, cannot be fetched, or is no checkpoint.
@@ -61,7 +64,7 @@ def read_source(source: str | os.PathLike[str] | Mapping[str, Any]) -> Source:
     if path.name.endswith('.index.json'):
         state_dict = _read_shards(path)
     else:
-        state_dict = read_state_dict(path)
+        state_dict = read_state_dict(path, stand_ins)
     config = config_beside(path)
     return Source(text, state_dict, config, _grid_of(config) or _grid_in(path))
 

@@ -1,8 +1,8 @@
 """Registers the plugin in OpenMMLab: ``custom_imports = dict(imports=['beit_plugin.mm'], allow_failed_imports=False)``.
 
 The classes go to mmengine's root registries, so configs of mmseg, mmdet and mmpretrain find them without a scope.
-Importing this also makes mmcv-lite enough, lets ``torch.load`` read mmengine's checkpoints, and lets mmengine's
-launcher start without CUDA and its loaders read BEiT segmentors of every dialect.
+Importing this also makes mmcv-lite enough, and lets mmengine's launcher start without CUDA and its loaders read BEiT
+segmentors of every dialect.
 """
 
 from importlib.util import find_spec
@@ -22,9 +22,7 @@ mmcv_ops.install()  # before anything that imports mmcv.ops
 from .cpu_dist import allow_cpu_launch  # noqa: E402
 from .loading import read_every_dialect  # noqa: E402
 from .mmpretrain import skip_broken_multimodal  # noqa: E402
-from .safe_load import allow_mmengine_checkpoints  # noqa: E402
 
-allow_mmengine_checkpoints()
 allow_cpu_launch()
 read_every_dialect()
 skip_broken_multimodal()

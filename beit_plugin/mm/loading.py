@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checkpoints import CheckpointError, convert, detect
 from ..checkpoints.convert import Detection, read_names
-from ..checkpoints.files import open_wrappers
+from ..checkpoints.files import is_damaged, open_wrappers
 from ..checkpoints.sources import config_beside, read_source
 from ..checkpoints.tables import DIALECTS
 
@@ -127,6 +127,8 @@ def _local(filename: str, map_location: Any = None) -> Any:
     path = Path(os.path.expanduser(filename))
     if path.is_dir() or path.suffix == '.safetensors':
         return to_openmmlab({'state_dict': read_source(path).state_dict, 'meta': {}}, path)
+    if is_damaged(path):  # mmengine reads without comparing
+        raise CheckpointError(f'{path} is damaged: its checksums do not fit; fetch or save it again')
     return to_openmmlab(load_from_local(filename, map_location), path)
 
 

@@ -29,7 +29,7 @@ from mmengine.registry import DATA_SAMPLERS, HOOKS
 from torch.utils.data import DataLoader, Sampler
 
 from ..checkpoints import CheckpointError
-from ..checkpoints.files import is_damaged, read_file, remove_leftovers, write_atomically
+from ..checkpoints.files import read_file, remove_leftovers, write_atomically
 
 __all__ = ['BEiTResumeHook']
 
@@ -135,9 +135,7 @@ def _why_not(path: Path) -> str | None:
     try:
         if path.is_dir():  # DeepSpeed's
             return None
-        held = read_file(path, 'meta')
-        if is_damaged(path):
-            return f'{path} is damaged'
+        held = read_file(path)
     except CheckpointError as error:
         return str(error).partition(';')[0]  # without the advice
     missing = [name for name in _NEEDED if name not in held] if isinstance(held, dict) else _NEEDED

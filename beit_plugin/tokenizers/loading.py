@@ -23,7 +23,7 @@ from .dialects import (
     vqkd_arguments,
     write_vqkd,
 )
-from .pickled import module_stand_ins
+from .pickled import MODULE_STAND_INS
 from .vqkd import VQKD
 
 __all__ = ['PUBLISHED', 'load_tokenizer', 'save_tokenizer']
@@ -94,27 +94,12 @@ def _read(source: Source | Sequence[Source]) -> tuple[dict[str, Tensor], str]:
     sources = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
     state_dict: dict[str, Tensor] = {}
     names = []
-    with torch.serialization.safe_globals(module_stand_ins()):
-        for i, one in enumerate(sources):
-            read = _read_one(one)
-            names.append(read.name)
-            # the two halves of a dVAE have the same names
-            state_dict |= {f'{i}.{n}' if len(sources) > 1 else n: t for n, t in read.state_dict.items()}
+    for i, one in enumerate(sources):
+        read = checkpoint_sources.read_source(one, MODULE_STAND_INS)
+        names.append(read.name)
+        # the two halves of a dVAE have the same names
+        state_dict |= {f'{i}.{n}' if len(sources) > 1 else n: t for n, t in read.state_dict.items()}
     return state_dict, ' and '.join(names)
-
-
-def _read_one(source: Source) -> checkpoint_sources.Source:
-    try:
-        return checkpoint_sources.read_source(source)
-    except CheckpointError as error:
-        # of modules in the format before torch 1.6; with weights_only torch.load reads those of the later one
-        if 'Only persistent_load of storage' not in str(error.__cause__):
-            raise
-        raise CheckpointError(
-            f'{source} holds a whole module in the format of torch before 1.6, which cannot be read without running '
-            'it; where you trust its origin, install what it was made with (pip install DALL-E) and convert it once: '
-            "torch.save(torch.load(FILE, weights_only=False).state_dict(), 'encoder.pt')"
-        ) from error
 
 
 def _dalle(

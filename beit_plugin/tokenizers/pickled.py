@@ -1,7 +1,6 @@
 """Whole modules in pickles, as OpenAI published its dVAE: their tensors are read, nothing of the modules is run.
 
-``torch.load`` with ``weights_only=True`` builds nothing but what it is told to. Here it is told to build, for each
-class of the published files, a stand-in that keeps the tensors of the module by name and forgets everything else. So
+For each class of the published files a stand-in keeps the tensors of the module by name and forgets everything else. So
 the files read as state dicts; a pickle that names any other class or function is refused by ``checkpoints.files``.
 """
 
@@ -10,21 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ['module_stand_ins']
+__all__ = ['MODULE_STAND_INS']
 
-# what https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl hold: openai/DALL-E at 5be4b23 on torch 1.7
-_MODULES = (
-    'dall_e.encoder.Encoder',
-    'dall_e.encoder.EncoderBlock',
-    'dall_e.decoder.Decoder',
-    'dall_e.decoder.DecoderBlock',
-    'dall_e.utils.Conv2d',
-    'torch.nn.modules.activation.ReLU',
-    'torch.nn.modules.container.Sequential',
-    'torch.nn.modules.linear.Identity',
-    'torch.nn.modules.pooling.MaxPool2d',
-    'torch.nn.modules.upsampling.Upsample',
-)
+_MOST_TENSORS = 1000  # the encoder has 86
 
 
 class _Tensors(dict[str, Tensor]):
@@ -39,8 +26,23 @@ class _Tensors(dict[str, Tensor]):
         for name, child in state['_modules'].items():  # pickles finish the children first
             if isinstance(child, _Tensors):
                 self.update((f'{name}.{inner}', tensor) for inner, tensor in child.items())
+        if len(self) > _MOST_TENSORS:
+            raise ValueError(f'a module of {len(self)} tensors is no dVAE')
 
 
-def module_stand_ins() -> list[Any]:
-    """For ``torch.serialization.safe_globals``, around the reading of a file that may hold a whole module."""
-    return [(_Tensors, name) for name in _MODULES]
+# what https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl hold: openai/DALL-E at 5be4b23 on torch 1.7
+MODULE_STAND_INS: dict[str, type] = dict.fromkeys(
+    (
+        'dall_e.encoder.Encoder',
+        'dall_e.encoder.EncoderBlock',
+        'dall_e.decoder.Decoder',
+        'dall_e.decoder.DecoderBlock',
+        'dall_e.utils.Conv2d',
+        'torch.nn.modules.activation.ReLU',
+        'torch.nn.modules.container.Sequential',
+        'torch.nn.modules.linear.Identity',
+        'torch.nn.modules.pooling.MaxPool2d',
+        'torch.nn.modules.upsampling.Upsample',
+    ),
+    _Tensors,
+)

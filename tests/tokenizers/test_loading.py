@@ -206,12 +206,6 @@ def test_whole_modules_are_read_not_run(make_dalle, images, tmp_path, dall_e, zi
     monkeypatch.undo()  # nobody has to have the package
     with pytest.raises(ImportError):
         importlib.import_module('dall_e')
-    if not zipped:
-        with pytest.raises(
-            CheckpointError, match=r'encoder.pkl holds a whole module in the format of torch before 1.6, '
-        ):
-            load_tokenizer(folder)
-        return
     loaded = load_tokenizer(folder)
     tokens = model.encode(images)
     assert torch.equal(loaded.logits(images), model.logits(images))
@@ -231,7 +225,7 @@ def test_pickles_that_run_code_are_refused(make_dalle, tmp_path, capsys):
     ):
         load_tokenizer(tmp_path / 'x.pkl')
     torch.save({'blocks.input.w': Evil()}, tmp_path / 'y.pkl')
-    with pytest.raises(CheckpointError, match=r'would run code when loaded \(print\)'):
+    with pytest.raises(CheckpointError, match=r'would run code when loaded \(builtins.print\)'):
         load_tokenizer(tmp_path / 'y.pkl')
     assert not capsys.readouterr().out
     assert not [g for g in torch.serialization.get_safe_globals() if 'dall_e' in str(g)]
