@@ -128,11 +128,12 @@ class _Archive:
         if name not in self.entries:
             raise UnpicklingError(f'it has no {name}')
         entry = self.entries.pop(name)
-        data = bytearray(entry.file_size)
+        data, at = memoryview(bytearray(entry.file_size)), 0
         with self.archive.open(entry) as file:
-            if file.readinto(data) != len(data) or file.read(1):  # the last read compares the checksum
-                raise UnpicklingError(f'{name} is cut off')
-        return data
+            while chunk := file.read(1 << 20):  # the last read compares the checksum
+                data[at : at + len(chunk)] = chunk
+                at += len(chunk)
+        return data.obj  # type: ignore[return-value]
 
 
 def _storage_id(pid: Any) -> tuple[torch.dtype, str, int]:
