@@ -32,17 +32,20 @@ class BEiTSegTTAModel(SegTTAModel):
 
     module: Any
 
-    def test_step(self, data: Mapping[str, Sequence[Any]]) -> SampleList:
+    def test_step(self, data: Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]]) -> SampleList:
         """Segments a batch.
 
         Args:
-            data: lists `inputs` and `data_samples`, with one entry for each view: a list with one for each image.
+            data: `inputs` and `data_samples` by name or in this order, with one entry for each view: a list with one
+                for each image, or for `inputs` a tensor (images, channels, height, width) as `default_collate` makes it.
 
         Returns:
             For each image the sample of its last view, with `pred_sem_seg` (1, height, width) of all views, and the
             path and the labels of the first; `seg_logits`, unless the `test_cfg` of a `BEiTSegmentor` does without,
             are those of the last view, as in mmsegmentation.
         """
+        if not isinstance(data, Mapping):
+            data = dict(zip(('inputs', 'data_samples'), data, strict=True))
         samples, means = self._average(data)
         keep_logits = (self.module.test_cfg or {}).get('keep_logits', True)
         for sample, mean, first in zip(samples, means, data['data_samples'][0], strict=True):
@@ -63,12 +66,12 @@ class BEiTSegTTAModel(SegTTAModel):
         """Each image's sample of the last view, and the mean probabilities (C, height, width) of its views."""
         inputs, data_samples = data['inputs'], data['data_samples']
         views, images = len(inputs), len(inputs[0])
-        passes: dict[tuple[int, ...], list[int]] = {}
+        passes: dict[tuple[torch.Size, ...], list[int]] = {}
         for view in range(views):
-            passes.setdefault(tuple(inputs[view][0].shape), []).append(view)
+            passes.setdefault(tuple(image.shape for image in inputs[view]), []).append(view)
         batches = [
             {
-                'inputs': [image for view in together for image in inputs[view]],
+                'inputs': _join([inputs[view] for view in together]),
                 'data_samples': [sample for view in together for sample in data_samples[view]],
             }
             for together in passes.values()
@@ -90,6 +93,11 @@ class BEiTSegTTAModel(SegTTAModel):
             return chain.from_iterable(map(self.module.test_step, batches))
         ready = [self.module.data_preprocessor(batch, False) for batch in batches]
         return self.module.predictions([(one['inputs'], one['data_samples']) for one in ready], keep_logits=True)
+
+
+def _join(views: list[Any]) -> Any:
+    """The images of several views; tensors stay one, since mmengine's `BaseDataPreprocessor` does not stack lists."""
+    return torch.cat(views) if isinstance(views[0], Tensor) else list(chain.from_iterable(views))
 
 
 def _add_probabilities(total: Tensor | None, logits: Tensor) -> Tensor:

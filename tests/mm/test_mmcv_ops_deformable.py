@@ -106,6 +106,39 @@ def test_modulated_deform_conv_matches_a_loop_with_gradients(ops: ModuleType, ge
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('geometry', GEOMETRIES)
+def test_larger_offsets_are_read_as_mmcv_reads_them(
+    ops: ModuleType, geometry: tuple, memory_format: torch.memory_format
+) -> None:
+    """DyHead: the memory of each image, as if it had the size of the output; the rest has no gradient."""
+    input, offset, mask, weight, _ = deform_conv_inputs(geometry)
+    leaves = [input.requires_grad_(), weight.requires_grad_()]
+    for tensor in (offset, mask):
+        unread = torch.randn(2, tensor.shape[1] * 2 * 11, dtype=torch.float64)
+        flat = torch.cat([tensor.flatten(1), unread], 1)
+        width = tensor.shape[3] + 2
+        height = flat.shape[1] // (tensor.shape[1] * width)
+        larger = flat[:, : tensor.shape[1] * height * width].unflatten(1, (-1, height, width))
+        leaves.append(larger.contiguous(memory_format=memory_format).requires_grad_())
+    output = ops.modulated_deform_conv2d(leaves[0], leaves[2], leaves[3], leaves[1], None, *geometry[:5])
+    expected = deform_conv_loop(input, offset.requires_grad_(), mask.requires_grad_(), weight, geometry)
+    torch.testing.assert_close(output, expected)
+    grad = torch.rand(output.shape, dtype=torch.float64)
+    theirs = torch.autograd.grad(expected, [input, weight, offset, mask], grad)
+    for ours, their in zip(torch.autograd.grad(output, leaves, grad), theirs, strict=True):
+        read, unread = ours.flatten(1).split([n := their[0].numel(), ours[0].numel() - n], 1)
+        torch.testing.assert_close(read.view_as(their), their)
+        assert not unread.any()
+
+
+def test_smaller_offsets_are_refused(ops: ModuleType) -> None:
+    input, offset, mask, weight, _ = deform_conv_inputs(GEOMETRIES[0])
+    for tensors in ((input, offset[..., 1:], mask, weight), (input, offset, mask[:, :, 1:], weight)):
+        with pytest.raises(ValueError, match=r'^(offset|mask) has \(\d, \d\) positions, expected .* output, \(5, 4\)'):
+            ops.modulated_deform_conv2d(*tensors, None, *GEOMETRIES[0][:5])
+
+
 @pytest.mark.parametrize('geometry', GEOMETRIES)
 def test_without_offsets_it_is_torchs_convolution(ops: ModuleType, geometry: tuple) -> None:
     input, offset, _, weight, _ = deform_conv_inputs(geometry, spread=0)

@@ -156,6 +156,22 @@ def test_takes_mmsegmentations_segmentor():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    'kind, by_name', [('BaseDataPreprocessor', True), ('BaseDataPreprocessor', False), ('ImgDataPreprocessor', True)]
+)
+def test_views_that_are_tensors(kind, by_name):
+    """As mmengine's `default_collate` makes them, with preprocessors that leave them so; None is the first of them."""
+    ours = build('BEiTSegmentor', WHOLE)
+    ours.data_preprocessor = MODELS.build({'type': kind})
+    data = views(batch=2)
+    data['inputs'] = [(torch.stack(view) - 120) / 60 for view in data['inputs']]
+    data = data if by_name else list(data.values())
+    theirs = Means(ours)
+    expected = theirs.test_step(copy.deepcopy(data))
+    assert_same_labels(BEiTSegTTAModel(ours).test_step(data), expected, theirs.means)
+
+
+@torch.no_grad()
 def test_one_channel_has_one_sigmoid():
     data = views()
     ours = build('BEiTSegmentor', WHOLE, **BINARY)

@@ -9,6 +9,7 @@ and `ones` belong to the compiled implementation; they are left alone.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import torchvision.ops  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -59,6 +60,25 @@ def _backward(
     tensors = (grad_output, input, weight, offset, no_mask if mask is None else mask, no_bias)
     use_mask = mask is not None
     return torch.ops.torchvision._deform_conv2d_backward(*at_least_fp32(*tensors), *geometry.arguments(use_mask))
+
+
+def _as_output(name: str, tensor: Tensor, output: Tensor) -> Tensor:
+    """A view of offsets or masks (B, channels, h', w') as (B, channels, h, w), as mmcv's modulated kernels read them.
+
+    These take the first channels * h * w numbers of each image, whatever h' and w' are: mmcv 2.1.0 indexes the memory of
+    `offset[b]` by the size of the output (`modulated_deformable_im2col_gpu_kernel` in
+    ops/csrc/common/cuda/modulated_deform_conv_cuda_kernel.cuh). mmdetection's DyHead passes offsets of the next finer
+    level. Smaller ones are read out of bounds there, and refused here.
+    """
+    channels, size = tensor.shape[1], output.shape[2:]
+    if tensor.shape[2:] == size:
+        return tensor
+    if tensor.shape[2:].numel() < size.numel():
+        raise ValueError(
+            f'{name} has {tuple(tensor.shape[2:])} positions, expected at least those of the output, {tuple(size)}: '
+            'pad images to a multiple of the largest stride (pad_size_divisor)'
+        )
+    return tensor.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
 
 
 def _state(geometry: _Geometry, *tensors: Tensor) -> tuple[object, ...]:
@@ -184,12 +204,13 @@ def modulated_deform_conv_forward(
         input: (B, C, H, W).
         weight: (O, C / group, kh, kw).
         bias: (O), read when ``with_bias``.
-        offset: (B, G·kh·kw·2, h, w), in pixels.
-        mask: (B, G·kh·kw, h, w), factor of every sample.
+        offset: (B, G·kh·kw·2, h, w), in pixels; if larger, see `_as_output`.
+        mask: (B, G·kh·kw, h, w), factor of every sample; likewise.
         group: channel groups.
         deformable_group: G.
     """
     geometry = _Geometry((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group)
+    offset, mask = _as_output('offset', offset, output), _as_output('mask', mask, output)
     _forward(output, input, weight, offset, mask, bias if with_bias else None, geometry)
 
 
@@ -224,7 +245,11 @@ def modulated_deform_conv_backward(
     The other arguments are those of `modulated_deform_conv_forward`.
     """
     geometry = _Geometry((stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w), group, deformable_group)
+    offset, mask = _as_output('offset', offset, grad_output), _as_output('mask', mask, grad_output)
     grads = _backward(grad_output, input, weight, offset, mask, geometry)
     outputs = (grad_input, grad_weight, grad_offset, grad_mask) + ((grad_bias,) if with_bias else ())
     for output, grad in zip(outputs, grads, strict=False):
+        if output.shape != grad.shape:  # an offset or mask larger than the output: what was not read has no gradient
+            unread = output.shape[1:].numel() - grad.shape[1:].numel()
+            grad = F.pad(grad.flatten(1), (0, unread)).view_as(output)
         output.copy_(grad)
