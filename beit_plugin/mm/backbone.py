@@ -56,6 +56,27 @@ def _build_activation(act_cfg: Mapping[str, Any]) -> nn.Module:
     return layer(**cfg)
 
 
+def _initialisers(init_cfg: Any) -> list[Mapping[str, Any]]:
+    """The dicts of an ``init_cfg``, checked; mmengine itself looks at them when weights are initialised."""
+    cfgs = list(init_cfg) if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []
+    for cfg in cfgs:
+        if not isinstance(cfg, Mapping) or 'type' not in cfg:
+            raise TypeError(
+                f"init_cfg is {init_cfg!r}, expected a dict such as dict(type='Pretrained', checkpoint='FILE'), or a "
+                'list of dicts'
+            )
+        if cfg['type'] != 'Pretrained':
+            continue
+        if not isinstance(cfg.get('checkpoint'), str):
+            raise ValueError(f"init_cfg of type 'Pretrained' needs checkpoint='FILE', got {cfg}")
+        unknown = [key for key in cfg if key not in _PRETRAINED]
+        if unknown:
+            raise ValueError(
+                f"init_cfg of type 'Pretrained' takes {', '.join(_PRETRAINED[1:])}, not {', '.join(map(str, unknown))}"
+            )
+    return cfgs
+
+
 def _take_pyramid(
     model: Any,
     state_dict: dict[str, Any],
@@ -99,7 +120,9 @@ class BEiTBackbone(BeitBackbone):
         with_cp: recompute blocks in the backward pass to save memory.
 
     Raises:
-        ValueError: an option that BEiT does not have, or options that exclude each other.
+        ValueError: an option that BEiT does not have, or options that exclude each other; an ``init_cfg`` of type
+            'Pretrained' without a checkpoint or with an unknown key.
+        TypeError: ``pretrained`` or ``init_cfg`` of another type.
     """
 
     depth_scaled = False
@@ -153,6 +176,9 @@ class BEiTBackbone(BeitBackbone):
             )
         if pretrained is not None and init_cfg is not None:
             raise ValueError('give a checkpoint by pretrained or by init_cfg, not by both')
+        if not isinstance(pretrained, str | None):  # mmsegmentation raises a TypeError too
+            raise TypeError(f'pretrained is {pretrained!r}, expected a file, URL or hub id as a str, or None')
+        _initialisers(init_cfg)
         super().__init__(
             # mmsegmentation takes a list of one number as well
             img_size=tuple(img_size) * 2 if isinstance(img_size, Sequence) and len(img_size) == 1 else img_size,
@@ -191,6 +217,7 @@ class BEiTBackbone(BeitBackbone):
         for block in cast(list[Block], self.layers):
             block.mlp.act = _build_activation(act_cfg)
         self.set_grad_checkpointing(with_cp)
+        self.embed_dims, self.num_layers = embed_dims, num_layers  # mmpretrain's models read the first
         self.norm_eval = norm_eval
         self.init_cfg = dict(type='Pretrained', checkpoint=pretrained) if pretrained else init_cfg
         self.register_load_state_dict_pre_hook(_take_pyramid)
@@ -209,27 +236,20 @@ class BEiTBackbone(BeitBackbone):
 
         Raises:
             CheckpointError: the checkpoint lacks a parameter of this backbone or has one that no part of BEiT owns.
-            ValueError: an ``init_cfg`` of type 'Pretrained' without a checkpoint or with an unknown key.
+            TypeError, ValueError: an ``init_cfg`` that was changed to what the constructor refuses.
         """
         super().init_weights(needs_reset)
         nn.init.kaiming_normal_(self.patch_embed.proj.weight, nonlinearity='relu')
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
-        init_cfg = getattr(self, 'init_cfg', None)  # the encoder's constructor initialises before there is one
-        for cfg in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg] if init_cfg else []:
-            if cfg.get('type') != 'Pretrained':
-                initialize(self, cfg)
-            elif 'checkpoint' not in cfg:
-                raise ValueError(f"init_cfg of type 'Pretrained' needs checkpoint='FILE', got {cfg}")
-            else:
+        # the encoder's constructor initialises before there is an init_cfg
+        for cfg in _initialisers(getattr(self, 'init_cfg', None)):
+            if cfg['type'] == 'Pretrained':
                 self._load_pretrained(cfg)
+            else:
+                initialize(self, cfg)
 
     def _load_pretrained(self, cfg: Mapping[str, Any]) -> None:
-        unknown = [key for key in cfg if key not in _PRETRAINED]
-        if unknown:
-            raise ValueError(
-                f"init_cfg of type 'Pretrained' takes {', '.join(_PRETRAINED[1:])}, not {', '.join(map(str, unknown))}"
-            )
         checkpoint, prefix, grid = cfg['checkpoint'], cfg.get('prefix'), cfg.get('grid')
         # mmengine knows further schemes, such as open-mmlab:// and petrel://
         known = urlparse(checkpoint).scheme in ('', 'http', 'https') or Path(checkpoint).exists()

@@ -37,7 +37,7 @@ class BEiTSegTTAModel(SegTTAModel):
 
         Args:
             data: `inputs` and `data_samples` by name or in this order, with one entry for each view: a list with one
-                for each image, or for `inputs` a tensor (images, channels, height, width) as `default_collate` makes it.
+                for each image, or for `inputs` a tensor (images, channels, height, width) as `default_collate` does.
 
         Returns:
             For each image the sample of its last view, with `pred_sem_seg` (1, height, width) of all views, and the

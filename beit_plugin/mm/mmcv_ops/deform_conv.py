@@ -65,8 +65,8 @@ def _backward(
 def _as_output(name: str, tensor: Tensor, output: Tensor) -> Tensor:
     """A view of offsets or masks (B, channels, h', w') as (B, channels, h, w), as mmcv's modulated kernels read them.
 
-    These take the first channels * h * w numbers of each image, whatever h' and w' are: mmcv 2.1.0 indexes the memory of
-    `offset[b]` by the size of the output (`modulated_deformable_im2col_gpu_kernel` in
+    These take the first channels * h * w numbers of each image, whatever h' and w' are: mmcv 2.1.0 indexes
+    the memory of `offset[b]` by the output's size (`modulated_deformable_im2col_gpu_kernel` in
     ops/csrc/common/cuda/modulated_deform_conv_cuda_kernel.cuh). mmdetection's DyHead passes offsets of the next finer
     level. Smaller ones are read out of bounds there, and refused here.
     """
