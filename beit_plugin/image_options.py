@@ -29,12 +29,17 @@ _SIZES = (*_SQUARE, {'shortest_edge'}, {'shortest_edge', 'longest_edge'}, {'max_
 # what files of transformers hold beside our options: names, which mean nothing here, and what has one value for BEiT
 _NAMES = ('image_processor_type', 'feature_extractor_type', 'processor_class', 'auto_map', '_valid_processor_keys')
 _FIXED = {'default_to_square': True, 'data_format': 'channels_first', 'do_pad': False}
+# where None is False; in do_convert_rgb, null in many files, it says nothing
+_SWITCHES = ('do_resize', 'do_center_crop', 'do_rescale', 'do_normalize', 'do_reduce_labels')
 _CLASSES = ('BeitImageProcessor', 'BeitImageProcessorFast', 'BeitImageProcessorPil', 'BeitFeatureExtractor')
 
 
 @dataclass(kw_only=True)
 class ImageOptions:
     """What is done to an image.
+
+    None stands for the default, except in `do_resize`, `do_center_crop`, `do_rescale`, `do_normalize` and
+    `do_reduce_labels`, where it means False and stays None, as in transformers.
 
     Args:
         do_resize: resize to ``size`` with ``resample``.
@@ -56,24 +61,27 @@ class ImageOptions:
         ValueError: a value that an option cannot have.
     """
 
-    do_resize: bool = True
+    do_resize: bool | None = True
     size: Size = 256
     resample: int = 3
-    do_center_crop: bool = True
+    do_center_crop: bool | None = True
     crop_size: Size = 224
-    do_rescale: bool = True
+    do_rescale: bool | None = True
     rescale_factor: float = 1 / 255
-    do_normalize: bool = True
+    do_normalize: bool | None = True
     image_mean: float | Sequence[float] = (0.5, 0.5, 0.5)
     image_std: float | Sequence[float] = (0.5, 0.5, 0.5)
-    do_reduce_labels: bool = False
+    do_reduce_labels: bool | None = False
     do_convert_rgb: bool = True
     backend: Backend = 'torch'
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name.startswith('do_') and not isinstance(value, bool):
-                raise _wrong(name, value, 'True or False')
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name not in _SWITCHES:
+                setattr(self, field.name, field.default)
+            elif field.name.startswith('do_') and not isinstance(value, bool | None):
+                raise _wrong(field.name, value, 'True or False')
         self.size = _size(self.size, 'size', _SIZES)
         self.crop_size = _size(self.crop_size, 'crop_size', _SQUARE)
         filters = sorted(int(filter) for filter in Image.Resampling)
@@ -107,6 +115,12 @@ class ImageOptions:
         path = path / CONFIG_NAME if path.is_dir() else path
         if not path.is_file():
             raise ValueError(f'{path} does not exist: give a {CONFIG_NAME}, the folder that it lies in, or a hub id')
+        return cls.from_json_file(path).with_options(overrides)
+
+    @classmethod
+    def from_json_file(cls: type[Options], path: str | os.PathLike[str]) -> Options:
+        """Reads a file as `from_pretrained` does, with its errors; its name may be any."""
+        path = Path(path)
         try:
             found = json.loads(path.read_text(encoding='utf-8'))
         except (ValueError, RecursionError) as error:
@@ -114,21 +128,43 @@ class ImageOptions:
         if not isinstance(found, dict):
             raise ValueError(f'{path} holds a {type(found).__name__}, expected options by name: fetch or save it again')
         try:
-            read = cls().with_options(_of_transformers(found))
+            return cls.from_dict(found)
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from error
-        return read.with_options(overrides)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes a ``preprocessor_config.json`` that transformers reads too, and returns its path."""
-        path = Path(folder) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + '\n', encoding='utf-8')
-        return path
+    @classmethod
+    def from_dict(cls: type[Options], options: Mapping[str, Any], **overrides: Any) -> Options:
+        """Reads options as transformers or `to_dict` names them.
+
+        Args:
+            options: may also hold what a ``preprocessor_config.json`` has beside the options.
+            overrides: options that count more.
+
+        Raises:
+            ValueError: options of another model, an unknown one, or a value that one cannot have.
+        """
+        read = _of_transformers(options)
+        cls._check_names(read)
+        return cls(**read).with_options(overrides)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Writes a ``preprocessor_config.json`` that transformers reads too, and returns its path in a list."""
+        path = os.path.join(folder, CONFIG_NAME)
+        os.makedirs(folder, exist_ok=True)
+        self.to_json_file(path)
+        return [path]
+
+    def to_json_file(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file that `save_pretrained` writes, under any name."""
+        Path(path).write_text(self.to_json_string(), encoding='utf-8')
+
+    def to_json_string(self) -> str:
+        """What `to_json_file` writes."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + '\n'
 
     def to_dict(self) -> dict[str, Any]:
         """The options as transformers writes them; ``backend`` says how, not what, and is not among them."""
-        options = {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(self).items()}
+        options = asdict(self)
         del options['backend']
         return {**options, 'image_processor_type': 'BeitImageProcessor'}
 
@@ -138,13 +174,17 @@ class ImageOptions:
         Raises:
             ValueError: an unknown option, or a value that one cannot have.
         """
-        names = [field.name for field in fields(self)]
-        for name in changed:
+        self._check_names(changed)
+        return replace(self, **{name: value for name, value in changed.items() if value is not None})
+
+    @classmethod
+    def _check_names(cls, options: Iterable[str]) -> None:
+        names = [field.name for field in fields(cls)]
+        for name in options:
             if name not in names:
                 close = get_close_matches(name, names, 1)
                 hint = f'did you mean {close[0]}?' if close else f'expected one of {", ".join(names)}'
                 raise ValueError(f'{name} is no option of the image processor: {hint}')
-        return replace(self, **{name: value for name, value in changed.items() if value is not None})
 
 
 def _from_hub(hub_id: str) -> Path:
@@ -187,11 +227,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _numbers(value: Any, name: str) -> tuple[float, ...]:
+def _numbers(value: Any, name: str) -> list[float]:
     values: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
     if not values or not all(map(_is_number, values)):
         raise _wrong(name, value, 'a number, or one for each channel')
-    return tuple(map(float, values))  # transformers refuses whole numbers in a file
+    return list(map(float, values))  # transformers refuses whole numbers in a file
 
 
 def _size(value: Any, name: str, forms: tuple[set[str], ...]) -> dict[str, int]:
@@ -212,11 +252,14 @@ def _of_transformers(found: Mapping[str, Any]) -> dict[str, Any]:
     kind = found.get('image_processor_type') or found.get('feature_extractor_type') or _CLASSES[0]
     if kind not in _CLASSES:
         raise ValueError(f'these are the options of {kind}, expected those of {_CLASSES[0]}: give a file of BEiT')
-    options = {name: value for name, value in found.items() if value is not None and name not in _NAMES}
+    options = {
+        name: value for name, value in found.items() if name not in _NAMES and (value is not None or name in _SWITCHES)
+    }
     for name, value in _FIXED.items():
         if options.pop(name, value) != value:
             raise _wrong(name, found[name], repr(value))
     if 'reduce_labels' in options:  # its name until transformers 4.27
-        options.setdefault('do_reduce_labels', options['reduce_labels'])
-        del options['reduce_labels']
+        reduce_labels = options.pop('reduce_labels')
+        if options.get('do_reduce_labels') is None:
+            options['do_reduce_labels'] = reduce_labels
     return options

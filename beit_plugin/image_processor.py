@@ -18,8 +18,9 @@ Legend: B batch, C channels, H W pixels.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -46,14 +47,45 @@ class BatchFeature(dict[str, Any]):
             raise AttributeError(f'there is no {name!r} here, only {", ".join(self)}')
         return self[name]
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> 'BatchFeature':
-        """The same with its tensors on a device, and those of floating point in a dtype."""
-        moved = {name: x.to(device, dtype if x.is_floating_point() else None) for name, x in self.items()}
-        return BatchFeature(moved)
+    @property
+    def data(self) -> 'BatchFeature':
+        """The results themselves: transformers keeps them in an attribute of this name."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> 'BatchFeature':
+        """Moves the tensors in place and returns itself; arguments as ``torch.Tensor.to``.
+
+        Only tensors of floating point take a dtype. What is no tensor stays.
+        """
+        first = args[0] if args else kwargs.get('device')
+        device = None if isinstance(first, torch.dtype) else first
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(map(moved, value))
+            if not isinstance(value, Tensor):
+                return value
+            if value.is_floating_point():
+                return value.to(*args, **kwargs)
+            return value.to(device, non_blocking=kwargs.get('non_blocking', False))
+
+        self.update({name: moved(value) for name, value in self.items()})
+        return self
 
 
 class BeitImageProcessor(ImageOptions):
-    """Images and label maps to tensors. Options as ``ImageOptions``; each can be another one for one call."""
+    """Images and label maps to tensors. Options as ``ImageOptions``; each can be another one for one call.
+
+    Attributes:
+        valid_kwargs: the options of a call by name, with their types, which transformers' processors ask for.
+    """
+
+    valid_kwargs: ClassVar[Any] = TypedDict(
+        'BeitImageProcessorKwargs',
+        {field.name: field.type for field in fields(ImageOptions)}  # type: ignore
+        | dict(input_data_format=str, data_format=str, device=str, return_tensors=str, disable_grouping=bool),
+        total=False,
+    )
 
     def preprocess(
         self,
@@ -62,6 +94,8 @@ class BeitImageProcessor(ImageOptions):
         return_tensors: Literal['pt', 'np', 'jax'] | None = 'pt',
         input_data_format: Layout | None = None,
         data_format: Layout = 'channels_first',
+        device: str | torch.device | int | None = None,
+        disable_grouping: bool | None = None,
         **overrides: Any,
     ) -> BatchFeature:
         """Makes the input of a model, and its labels.
@@ -73,11 +107,13 @@ class BeitImageProcessor(ImageOptions):
                 a tensor for each image, which may be of different sizes.
             input_data_format: layout of arrays; by default told by their shapes. 'none' is (H, W).
             data_format: layout of the results; 'none' is (B, H, W), for images of one channel.
+            device: where the resulting tensors go; they are made on the CPU. Arrays stay there.
+            disable_grouping: has no effect. transformers resizes images of one size together, here each is alone.
             overrides: options for this call.
 
         Returns:
             ``pixel_values`` (B, C, H, W), float32, or uint8 where values stay as they are; with label maps ``labels``
-            (B, H, W), int64 (int32 in JAX), too. On the CPU, in memory of their own.
+            (B, H, W), int64 (int32 in JAX), too. In memory of their own.
 
         Raises:
             ValueError: see ``read_image`` and ``read_label``; an unknown option or value; no image; more or fewer label
@@ -108,7 +144,7 @@ class BeitImageProcessor(ImageOptions):
         if return_tensors == 'jax':
             jax_numpy = _import_jax_numpy()
             found = {name: jax_numpy.asarray(x) for name, x in found.items()}
-        return BatchFeature(found)
+        return BatchFeature(found).to(device)
 
     __call__ = preprocess
 

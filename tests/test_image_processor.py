@@ -71,6 +71,34 @@ class TestResults:
         with pytest.raises(AttributeError, match="there is no 'label' here, only pixel_values, labels"):
             _ = got.label
 
+    @pytest.mark.parametrize(
+        'args, kwargs, device, dtype',
+        [
+            ((torch.float16,), {}, 'cpu', torch.float16),
+            (('cpu', torch.bfloat16), {}, 'cpu', torch.bfloat16),
+            (('meta',), {}, 'meta', torch.float32),
+            ((torch.device('meta'), torch.float16), {}, 'meta', torch.float16),
+            ((), dict(device='meta', dtype=torch.float64, non_blocking=True), 'meta', torch.float64),
+        ],
+    )
+    def test_moved_and_cast_as_in_transformers(self, args, kwargs, device, dtype):
+        for return_tensors in ('pt', None):
+            got = processor(PIL, LABEL, return_tensors=return_tensors)
+            got.update(input_ids=torch.ones(2, dtype=torch.int64), names=['a'])
+            assert got.to(*args, **kwargs) is got and got.data['names'] == ['a']
+            floats, numbers = (got.pixel_values, got.labels) if return_tensors else (got.pixel_values[0], got.labels[0])
+            assert (floats.device.type, floats.dtype) == (device, dtype)
+            assert {(x.device.type, x.dtype) for x in (numbers, got.input_ids)} == {(device, torch.int64)}
+
+    def test_a_device_after_a_dtype_is_a_type_error(self):
+        with pytest.raises(TypeError):
+            processor(PIL).to(torch.bfloat16, 'cpu')
+
+    def test_arguments_of_a_call_in_transformers(self):
+        got = processor([PIL], LABEL, device='meta', disable_grouping=True)
+        assert got.pixel_values.is_meta and got.labels.is_meta
+        assert isinstance(processor(PIL, device='meta', return_tensors='np').pixel_values, np.ndarray)
+
 
 class TestSizes:
     FORMS = (  # of a 60 x 84 image
@@ -189,10 +217,36 @@ OLD_FILE = dict(
 
 
 class TestFiles:
+    def test_each_way_that_transformers_has(self, tmp_path):
+        options = dict(
+            size={'height': 20, 'width': 20}, crop_size={'height': 18, 'width': 18}, do_center_crop=None,
+            image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.5, 0.5],
+        )  # fmt: skip
+        given = BeitImageProcessor(**options)
+        assert {name: getattr(given, name) for name in options} == options
+        given.to_json_file(tmp_path / 'any.json')
+        for got in (
+            BeitImageProcessor.from_dict(given.to_dict()),
+            BeitImageProcessor.from_dict(json.loads(given.to_json_string())),
+            BeitImageProcessor.from_dict({**options, 'size': 7}, size=20, do_normalize=None),
+            BeitImageProcessor.from_json_file(tmp_path / 'any.json'),
+            BeitImageProcessor.from_pretrained(tmp_path / 'any.json'),
+        ):
+            assert got == given
+        assert {*options, 'do_reduce_labels', 'device'} <= set(BeitImageProcessor.valid_kwargs.__annotations__)
+
+    def test_none_at_construction(self):
+        nothing = dict.fromkeys(['size', 'crop_size', 'resample', 'image_mean', 'rescale_factor', 'backend'])
+        assert BeitImageProcessor(**nothing, do_convert_rgb=None) == BeitImageProcessor()
+        switches = dict.fromkeys(['do_resize', 'do_center_crop', 'do_rescale', 'do_normalize', 'do_reduce_labels'])
+        got = BeitImageProcessor.from_dict(BeitImageProcessor(**switches).to_dict())
+        assert {name: getattr(got, name) for name in switches} == switches
+        assert torch.equal(got(PHOTO).pixel_values[0], torch.from_numpy(chw(PHOTO).copy()))
+
     def test_written_and_read(self, tmp_path):
         given = BeitImageProcessor(size={'shortest_edge': 40}, resample=np.int64(1), image_mean=0.4)
-        path = given.save_pretrained(tmp_path / 'new' / 'folder')
-        assert path == tmp_path / 'new' / 'folder' / 'preprocessor_config.json'
+        path = tmp_path / 'new' / 'folder' / 'preprocessor_config.json'
+        assert given.save_pretrained(path.parent) == [str(path)]
         for source in (path, str(path.parent)):
             assert BeitImageProcessor.from_pretrained(source).to_dict() == given.to_dict()
         got = BeitImageProcessor.from_pretrained(path, backend='pil', size=8, resample=None)
@@ -212,7 +266,7 @@ class TestFiles:
 
     def test_on_the_hub(self, tmp_path, monkeypatch):
         given = BeitImageProcessor(size=30)
-        files = {('microsoft/beit', 'preprocessor_config.json'): given.save_pretrained(tmp_path)}
+        files = {('microsoft/beit', 'preprocessor_config.json'): given.save_pretrained(tmp_path)[0]}
         monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *file: files[file])
         assert BeitImageProcessor.from_pretrained('microsoft/beit') == given
         monkeypatch.setattr('huggingface_hub.hf_hub_download', lambda *file: open('/no/such'))  # an OSError
@@ -235,7 +289,7 @@ class TestFiles:
             ('{"do_pad": true}', ': do_pad is True, expected False: correct it or leave it out'),
             ('{"sise": 3}', ': sise is no option of the image processor: did you mean size'),
             ('{"size": {"height": 3}}', ": size is {'height': 3}, expected pixels: an int"),
-            ('{"image_std": [1, 0]}', r': image_std is \(1.0, 0.0\), expected numbers above 0'),
+            ('{"image_std": [1, 0]}', r': image_std is \[1.0, 0.0\], expected numbers above 0'),
             ('{"rescale_factor": NaN}', ': rescale_factor is nan, expected a number above 0'),
         ],
     )
@@ -310,7 +364,7 @@ class TestClassMaps:
         (dict(rescale_factor=0), r'rescale_factor is 0, expected a number above 0'),
         (dict(image_mean='grey'), r"image_mean is 'grey', expected a number, or one for each channel"),
         (dict(image_mean=[]), r'image_mean is \[\], expected a number, or one for each channel'),
-        (dict(image_std=0), r'image_std is \(0.0,\), expected numbers above 0'),
+        (dict(image_std=0), r'image_std is \[0.0\], expected numbers above 0'),
         (dict(backend='cv2'), r"backend is 'cv2', expected 'torch' or 'pil'"),
         (dict(return_tensors='tf'), r"return_tensors is 'tf', expected 'pt', 'np', 'jax' or None: correct it"),
     ],
