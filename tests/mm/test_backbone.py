@@ -200,23 +200,6 @@ def test_pretrained_is_strict(tmp_path):
         backbone(init_cfg=dict(type='Pretrained', checkpoint=str(path.parent / 'cut.pth'))).init_weights()
 
 
-@pytest.mark.parametrize(
-    'options, error, message',
-    [
-        (dict(pretrained=123), TypeError, 'pretrained is 123, expected a file, URL or hub id as a str, or None'),
-        (dict(init_cfg=123), TypeError, 'init_cfg is 123, expected a dict such as .* or a list of dicts'),
-        (dict(init_cfg=[dict(type='Constant'), 'x.pth']), TypeError, r"init_cfg is \[.*'x.pth'\], expected a dict"),
-        (dict(init_cfg=dict(checkpoint='x.pth')), TypeError, 'init_cfg is .*, expected a dict such as'),
-        (dict(init_cfg=dict(type='Pretrained')), ValueError, "init_cfg of type 'Pretrained' needs checkpoint='FILE'"),
-        (dict(init_cfg=dict(type='Pretrained', checkpoint=1)), ValueError, 'init_cfg .* needs checkpoint='),
-        (dict(init_cfg=dict(type='Pretrained', checkpoint='x', preffix='')), ValueError, 'prefix, .*, not preffix'),
-    ],
-)
-def test_a_checkpoint_is_checked_when_it_is_named(options, error, message):
-    with pytest.raises(error, match=message):
-        backbone(**options)
-
-
 def test_attributes_that_hosts_read():
     model = backbone()
     stock = MMSEG_MODELS.build(dict(type='BEiT', embed_dims=16, num_layers=4, num_heads=2))

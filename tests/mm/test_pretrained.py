@@ -146,3 +146,20 @@ class TestPretrained:
             ValueError, match=r'takes checkpoint, prefix, map_location, grid, drop, not revise_keys, strict$'
         ):
             self.init(tmp_path / 'x.pth', revise_keys=[], strict=True)
+
+
+@pytest.mark.parametrize(
+    'options, error, message',
+    [
+        (dict(pretrained=123), TypeError, 'pretrained is 123, expected a file, URL or hub id as a str, or None'),
+        (dict(init_cfg=123), TypeError, 'init_cfg is 123, expected a dict such as .* or a list of dicts'),
+        (dict(init_cfg=[dict(type='Constant'), 'x.pth']), TypeError, r"init_cfg is \[.*'x.pth'\], expected a dict"),
+        (dict(init_cfg=dict(checkpoint='x.pth')), TypeError, 'init_cfg is .*, expected a dict such as'),
+        (dict(init_cfg=dict(type='Pretrained')), ValueError, "init_cfg of type 'Pretrained' needs checkpoint='FILE'"),
+        (dict(init_cfg=dict(type='Pretrained', checkpoint=1)), ValueError, 'init_cfg .* needs checkpoint='),
+        (dict(init_cfg=dict(type='Pretrained', checkpoint='x', preffix='')), ValueError, 'prefix, .*, not preffix'),
+    ],
+)
+def test_a_checkpoint_is_checked_when_it_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        MODELS.build({**BACKBONE, **options})
