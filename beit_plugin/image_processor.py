@@ -20,7 +20,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from importlib import import_module
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -73,6 +73,14 @@ class BatchFeature(dict[str, Any]):
         return self
 
 
+BeitImageProcessorKwargs = TypedDict(
+    'BeitImageProcessorKwargs',
+    {field.name: field.type for field in fields(ImageOptions)}  # type: ignore
+    | dict(input_data_format=str, data_format=str, device=str, return_tensors=str, disable_grouping=bool),
+    total=False,
+)
+
+
 class BeitImageProcessor(ImageOptions):
     """Images and label maps to tensors. Options as ``ImageOptions``; each can be another one for one call.
 
@@ -80,12 +88,7 @@ class BeitImageProcessor(ImageOptions):
         valid_kwargs: the options of a call by name, with their types, which transformers' processors ask for.
     """
 
-    valid_kwargs: ClassVar[Any] = TypedDict(
-        'BeitImageProcessorKwargs',
-        {field.name: field.type for field in fields(ImageOptions)}  # type: ignore
-        | dict(input_data_format=str, data_format=str, device=str, return_tensors=str, disable_grouping=bool),
-        total=False,
-    )
+    valid_kwargs = BeitImageProcessorKwargs
 
     def preprocess(
         self,
