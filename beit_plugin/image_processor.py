@@ -1,10 +1,11 @@
 """Images in any form to the tensors of a model, and its logits to class maps: what transformers' BEiT processors do.
 
-Backend 'torch' has the bits of `BeitImageProcessor` in transformers 5.24 on torchvision, backend 'pil' those of its
-`BeitImageProcessorPil`, of timm's transforms and of mmsegmentation's pipeline with Pillow (but for the last bits of
-float32). Between the two lies one grey level here and there; more where a filter overshoots black or white, for Pillow
-may begin with the other axis, and each pass is cut. On purpose different here:
+With equal options backend 'torch' has the bits of `BeitImageProcessor` in transformers 5.24 on torchvision, backend
+'pil' those of its `BeitImageProcessorPil`, of timm's transforms and of mmsegmentation's pipeline with Pillow (but for
+the last bits of float32). Between the two lies one grey level here and there; more where a filter overshoots black or
+white, for Pillow may begin with the other axis, and each pass is cut. On purpose different here:
 
+- the defaults, see `image_options`;
 - class numbers of label maps are never mixed: the nearest pixel counts (transformers takes the filter of the image, so
   that between the classes 1 and 149 lies class 75), and beyond the border of a label map lies 255 (there class 0);
 - every image becomes RGB unless told otherwise (there only when told), images of 16 bits too, and all Pillow images

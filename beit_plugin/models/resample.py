@@ -9,7 +9,7 @@ rule           axis of the old offsets                kernel        source
 =============  =====================================  ============  ==========================================
 ``geometric``  geometric series, ratio by bisection   cubic spline  BEiT, unilm ``beit/run_class_finetuning.py``
 ``linear``     the same                               linear        timm 1.0.31 ``resize_rel_pos_bias_table``
-``bilinear``   uniform, pixel centres                 linear        transformers 5.23 ``BeitRelativePositionBias``
+``bilinear``   uniform, pixel centres                 linear        transformers 5.24 ``BeitRelativePositionBias``
 =============  =====================================  ============  ==========================================
 
 Each is linear in the table and separable, so a resize is ``W_y . T . W_x^T`` with one small matrix per axis.

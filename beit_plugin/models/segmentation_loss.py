@@ -1,6 +1,6 @@
 """Segmentation loss, and the check that its labels are classes.
 
-The loss is that of `BeitForSemanticSegmentation` in transformers 5.23 (`ForSemanticSegmentationLoss`), but finite when
+The loss is that of `BeitForSemanticSegmentation` in transformers 5.24 (`ForSemanticSegmentationLoss`), but finite when
 every pixel is ignored. Legend: B batch, H W pixels of the labels, h w pixels of the logits.
 """
 
