@@ -74,7 +74,7 @@ class Pickles:
         leaves = (self.number, self.word, self.atom, self.data)
         nested = (
             self.tuple, self.list, self.dict, self.call, self.call, self.new, self.build, self.build, self.array,
-            self.array, self.dtype, self.history, self.namespace, self.tensor, self.tensor, self.scalar, self.method,
+            self.array, self.constructed, self.dtype, self.history, self.namespace, self.tensor, self.tensor, self.scalar, self.method,
         )  # fmt: skip
         kinds = leaves if depth > 5 or self.left < 0 else (*leaves, self.name, *nested)
         written = self.random.choice(kinds)(depth + 1)
@@ -87,7 +87,8 @@ class Pickles:
 
     def maybe(self, usual: bytes, depth: int) -> bytes:
         """What a real file has in this place, or anything."""
-        return usual if self.random.random() < 0.85 else self.value(depth)
+        chance = self.random.random()
+        return usual if chance < 0.85 else self.number() if chance < 0.92 else self.value(depth)
 
     def number(self, _: int = 0) -> bytes:
         return integer(self.random.choice(NUMBERS))
@@ -145,6 +146,13 @@ class Pickles:
         shape = self.maybe(b'(' + integer(count) + b't', depth)
         state = [integer(1), shape, self.dtype(depth), b'\x89', self.maybe(self.bytes(bytes(8 * min(count, 3))), depth)]
         return made + self.maybe(b'(' + b''.join(state) + b't', depth) + b'b'
+
+    def constructed(self, depth: int) -> bytes:
+        """An array by its constructor: shape, dtype, buffer, offset, strides."""
+        shape, dtype = b'(' + self.number() + b't', self.random.choice([self.word, self.dtype])(depth)
+        args = [self.maybe(shape, depth), self.maybe(dtype, depth), self.maybe(self.data(depth), depth), self.number()]
+        made = name('numpy.ndarray') + b'(' + b''.join(args[: self.random.randrange(1, 5)]) + b't'
+        return made + self.random.choice([b'R', b'\x81'])
 
     def scalar(self, depth: int) -> bytes:
         return call(name('numpy._core.multiarray.scalar'), self.dtype(depth), self.maybe(self.bytes(bytes(8)), depth))
