@@ -17,6 +17,7 @@ import numpy as np
 import run_common
 from data_folders import IGNORED, DataError, read_label
 from PIL import Image
+from run_options import open_config
 
 CURVE, OVERLAY, COMPARISON = 'curve.png', 'overlay.png', 'comparison.png'
 OPACITY = 0.75  # of the class colours over the grey image
@@ -205,12 +206,10 @@ def configuration(work_dir: Path) -> tuple[Any, Path]:
     Raises:
         DataError: they are not there.
     """
-    from mmengine.config import Config
-
     configs, last = sorted(work_dir.glob('*.py')), work_dir / 'last_checkpoint'
     if len(configs) != 1 or not last.is_file():
         raise DataError(f'{work_dir} must hold one configuration and a checkpoint for the overlay: use --images 0.')
-    cfg = Config.fromfile(configs[0])
+    cfg = open_config(configs[0])
     cfg.work_dir = str(work_dir)
     return cfg, Path(last.read_text().strip())
 

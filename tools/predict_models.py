@@ -14,6 +14,7 @@ import numpy as np
 from data_folders import DataError, colours
 from PIL import Image
 from run_common import WARNING_NOISE, load_weights
+from run_options import open_config
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of BEiT's multi-scale evaluation, each also mirrored
 SIZES = ('img_size', 'patch_size', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio')  # that the name of a model tells
@@ -105,7 +106,6 @@ class MMSegPredictor(Predictor):
     """A segmentor by mmsegmentation's configuration, with its test pipeline or its multi-scale one."""
 
     def __init__(self, config: Path, checkpoint: Path, multi_scale: bool, device: str | None) -> None:
-        from mmengine.config import Config
         from mmengine.dataset import Compose
         from mmengine.device import get_device
         from mmengine.registry import MODELS, init_default_scope
@@ -118,7 +118,7 @@ class MMSegPredictor(Predictor):
                 raise DataError(f'{what} {path} does not exist.')
         for message in WARNING_NOISE:
             warnings.filterwarnings('ignore', message=message)
-        cfg = Config.fromfile(config)
+        cfg = open_config(config)
         init_default_scope('mmseg')
         if multi_scale and 'tta_pipeline' not in cfg:
             raise DataError('the configuration has no tta_pipeline, so --multi-scale cannot run.')

@@ -16,8 +16,9 @@ from typing import Any
 from data_folders import DataError
 from run_data import check_data, data_sets, report_left_out
 from run_mim import check_tokenizer, is_pretraining, result, sentence
-from run_options import check_batch, check_options, check_pretrained, leave_whole
+from run_options import check_batch, check_options, check_pretrained, leave_whole, open_config, use_checks
 from run_summary import inner, summary
+from run_work_dir import evaluation_runner, in_use
 
 _RUN_NUMBERS = itertools.count(1)
 # mmengine opens with its whole environment, configuration and hooks; these stay in the log file
@@ -133,11 +134,7 @@ def read_config(args: argparse.Namespace) -> Any:
     Raises:
         DataError: no such file.
     """
-    from mmengine.config import Config
-
-    if not Path(args.config).is_file():
-        raise DataError(f'{args.config} does not exist: give a file of configs/.')
-    cfg = Config.fromfile(args.config)
+    cfg = open_config(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if args.data_root is not None:
         for loader in (cfg.get(f'{part}_dataloader') for part in ('train', 'val', 'test')):
@@ -222,6 +219,11 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
 
 def train(cfg: Any) -> tuple[Path | None, str, float | None]:
     """Train by mmengine's Runner; returns the last checkpoint, the result in words and the last mIoU, None for none."""
+    with in_use(cfg):
+        return _train(cfg)
+
+
+def _train(cfg: Any) -> tuple[Path | None, str, float | None]:
     from beit_plugin.mm.run_ahead import end_workers
 
     loaders = {'training': cfg.train_dataloader, 'validation': cfg.get('val_dataloader')}
@@ -231,6 +233,7 @@ def train(cfg: Any) -> tuple[Path | None, str, float | None]:
     check_options(cfg)
     check_tokenizer(cfg)
     check_pretrained(cfg)
+    use_checks(cfg)
     runner = _start(cfg, counts)
     try:
         _run(runner.train)
@@ -252,13 +255,14 @@ def train(cfg: Any) -> tuple[Path | None, str, float | None]:
 def _run(step: Callable[[], Any], more: tuple[type[Exception], ...] = ()) -> Any:
     """Raises DataError with the sentence about a file that cannot be used, which a worker buries in its traceback."""
     from beit_plugin.checkpoints import CheckpointError
+    from beit_plugin.mm.invalid_loss import InvalidLossError
     from beit_plugin.mm.left_out import DataFileError
 
     try:
         return step()
     except DataFileError as error:
         raise DataError(f'{str(error).strip().rpartition("DataFileError: ")[2]}.') from error
-    except (CheckpointError, *more) as error:
+    except (CheckpointError, InvalidLossError, *more) as error:
         raise DataError(f'{sentence(error)}.') from error
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -281,6 +285,7 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     cfg.load_from = None if is_file else str(checkpoint)
     cfg.resume = False  # the copy of a resumed run says True, and would fetch the latest checkpoint instead
     leave_whole(cfg)
+    use_checks(cfg)
     if tta:
         for dataset in data_sets(cfg.test_dataloader.dataset):
             dataset.pipeline = cfg.tta_pipeline
@@ -288,11 +293,12 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
             cfg.model.test_cfg.keep_logits = True
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
+    cfg.runner_type = evaluation_runner(cfg.get('runner_type', 'Runner'))
     runner = _start(cfg, counts)
     if is_file:
         # mmengine would accept a file that fits in part or not at all
         load_weights(inner(runner.model), Path(checkpoint))
-    return runner.test()
+    return _run(runner.test)
 
 
 def run(main: Callable[[], None]) -> None:

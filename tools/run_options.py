@@ -6,10 +6,50 @@ from pathlib import Path
 from typing import Any
 
 from data_folders import DataError
+from run_data import data_sets
 
+CHECKS = {'classes': 'BEiTClassCheckHook', 'invalid_loss': 'BEiTInvalidLossHook'}  # and their names in default_hooks
 FLEXIBLE = 'FlexibleRunner'
 SHARDED = 'FSDPStrategy'  # and ours, BEiTFSDPStrategy
 EMA = 'EMAHook'
+
+
+def open_config(path: Path | str) -> Any:
+    """The configuration of a file, as it was trained.
+
+    mmsegmentation's test.py replaces the copy in the work directory; with --tta by one that holds the model inside a
+    wrapper, the pipeline of the views, and its checkpoint as `load_from`. These are undone.
+
+    Raises:
+        DataError: no such file, or nothing to undo the pipeline by.
+    """
+    from mmengine.config import Config
+
+    if not Path(path).is_file():
+        raise DataError(f'{path} does not exist: give a file of configs/.')
+    cfg = Config.fromfile(path)
+    if 'module' not in (cfg.get('model') or {}):
+        return cfg
+    pipeline = cfg.get('test_pipeline')
+    if pipeline is None:
+        raise DataError(
+            f'{path} was left by a test with --tta and has no test_pipeline: give the configuration of the training.'
+        )
+    cfg.model = cfg.model.module
+    cfg.load_from = None
+    for dataset in data_sets(cfg.test_dataloader.dataset):
+        dataset.pipeline = pipeline
+    return cfg
+
+
+def use_checks(cfg: Any, on_nan: str | None = None) -> None:
+    """Add the hooks that check classes and losses, unless default_hooks has them, or None; `on_nan` is for the loss."""
+    if cfg.get('default_hooks') is None:
+        cfg.default_hooks = {}
+    for name, kind in CHECKS.items():
+        cfg.default_hooks.setdefault(name, dict(type=kind))
+    if on_nan is not None:
+        cfg.default_hooks.invalid_loss = dict(type=CHECKS['invalid_loss'], on_nan=on_nan)
 
 
 def check_options(cfg: Any) -> None:

@@ -14,6 +14,7 @@ from data_folders import DataError
 from plot_run import plot_curve
 from run_data import set_on_error
 from run_mim import use_sources
+from run_options import use_checks
 from run_summary import length
 
 EXAMPLES = """examples:
@@ -47,6 +48,12 @@ def parse_args() -> argparse.Namespace:
         help='what to do about a training image or label that cannot be used: stop, or take another image '
         '(default: stop; without labels: take another)',
     )
+    parser.add_argument(
+        '--on-nan',
+        choices=['raise', 'continue'],
+        help='what to do about a loss that is NaN or infinite: stop and keep the last good checkpoint, or go on '
+        '(default: stop)',
+    )
     parser.add_argument('--tokenizer', metavar='FILE', help='tokenizer of a pre-training: a file or a published name')
     parser.add_argument('--teacher', metavar='NAME', help='timm model that a VQ-KD tokenizer learns from')
     run_common.add_common_arguments(parser)
@@ -64,6 +71,7 @@ def main() -> None:
         run_common.use_mixed_precision(cfg, args.amp)
     if args.on_error:
         set_on_error(cfg.train_dataloader.dataset, args.on_error)
+    use_checks(cfg, args.on_nan)
     checkpoint, result, _ = run_common.train(cfg)
     if os.environ.get('RANK', '0') == '0':
         where = f'checkpoint {checkpoint}' if checkpoint else f'no checkpoint in {cfg.work_dir}'

@@ -29,6 +29,8 @@ skip_broken_multimodal()
 
 from .amp import BEiTBF16OptimWrapper  # noqa: E402
 from .backbone import BEiTBackbone  # noqa: E402
+from .class_check import BEiTClassCheckHook  # noqa: E402
+from .invalid_loss import BEiTInvalidLossHook  # noqa: E402
 from .mim import BEiTMIMHead, BEiTPretrainer  # noqa: E402
 from .mim_data import BEiTImages, BEiTMIMDataPreprocessor  # noqa: E402
 from .mim_hooks import BEiTMIMPictureHook, BEiTThroughputHook, BEiTTokenCacheHook  # noqa: E402
@@ -45,8 +47,10 @@ leave_optimizers_uncompiled()
 __all__ = [
     'BEiTBF16OptimWrapper',
     'BEiTBackbone',
+    'BEiTClassCheckHook',
     'BEiTFSDPStrategy',
     'BEiTImages',
+    'BEiTInvalidLossHook',
     'BEiTLayerDecayConstructor',
     'BEiTMIMDataPreprocessor',
     'BEiTMIMHead',

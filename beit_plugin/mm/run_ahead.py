@@ -100,7 +100,7 @@ class BEiTRunAheadHook(Hook):
 
     Batches are copied without waiting, which takes ``pin_memory=True`` of the data loader (mmdetection's boxes wait as
     before); losses and the norm of the gradients (of ``BEiTBF16OptimWrapper``) are fetched for the lines of the log and
-    for checkpoints only. A sudden loss of NaN is thus seen with the next line of the log.
+    for checkpoints only. ``BEiTInvalidLossHook`` sees a loss of NaN one step later.
     """
 
     priority = 'VERY_HIGH'

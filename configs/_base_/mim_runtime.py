@@ -12,6 +12,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=5000, max_keep_ckpts=2),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     tokens=dict(type='BEiTTokenCacheHook'),  # where the data set has a token_cache: is it of this tokenizer?
+    invalid_loss=dict(type='BEiTInvalidLossHook'),  # stop at a loss of NaN; on_nan='continue': go on
     run_ahead=dict(type='BEiTRunAheadHook'),
     resume=dict(type='BEiTResumeHook'),  # a killed training goes on as if it had not been
 )

@@ -20,6 +20,8 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
     run_ahead=dict(type='BEiTRunAheadHook'),  # the CPU does not wait for the GPU in each step
+    classes=dict(type='BEiTClassCheckHook'),  # heads and data sets have the same number of classes
+    invalid_loss=dict(type='BEiTInvalidLossHook'),  # stop at a loss of NaN; on_nan='continue': go on
     resume=dict(type='BEiTResumeHook'),  # a killed training goes on as if it had not been
 )
 log_processor = dict(by_epoch=False)
