@@ -10,6 +10,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def plot_curve(work_dir: Path) -> Path:
         )
     figure, axis = plt.subplots(figsize=(8, 4.5), layout='constrained')
     axis.plot(*zip(*losses, strict=True), color='tab:blue', label='training loss')
-    highest = max(loss for _, loss in losses)
+    highest = max((loss for _, loss in losses if math.isfinite(loss)), default=1)
     axis.set(xlabel='iteration', ylabel='loss', ylim=(0, 1.05 * highest), title=work_dir.name)
     lines = list(axis.lines)
     if scores:

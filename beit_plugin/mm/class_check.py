@@ -64,10 +64,11 @@ def check_classes(model: Any, dataset: Any) -> None:
     wrong = {place: head.num_classes for place, head in _heads(model) if len(names) not in _counts(place, head, names)}
     if wrong:
         found = ' and '.join(f'{place}.num_classes={count}' for place, count in wrong.items())
+        first = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
         raise ClassCountError(
-            f'the configuration has {found}, but {type(dataset).__name__} names {len(names)} classes ({", ".join(names[:3])}, ...): '
-            f'set num_classes={len(names)}, or name the classes of your labels by metainfo=dict(classes=[...]) of the '
-            'data set'
+            f'the configuration has {found}, but {type(dataset).__name__} names {len(names)} classes ({first}): set '
+            f'num_classes={len(names)}, or name the classes of your labels by metainfo=dict(classes=[...]) of the data '
+            'set'
         )
 
 
