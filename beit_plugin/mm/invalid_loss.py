@@ -54,9 +54,9 @@ class BEiTInvalidLossHook(Hook):
             return
         self._trained = runner.iter + 1
         self._check_loss(runner, self._later.collect())  # of the iteration before
-        losses = {name: value for name, value in (outputs or {}).items() if 'loss' in name}
+        losses = {name: x for name, x in (outputs or {}).items() if 'loss' in name and isinstance(x, Tensor)}
         if losses:
-            values = torch.stack([torch.as_tensor(value).detach().float().mean() for value in losses.values()])
+            values = torch.stack([x.detach().float().mean() for x in losses.values()])
             wrong = (~values.isfinite()).any()[None].float()
             all_reduce(wrong, 'max')
             about = (self._trained, list(losses))
@@ -88,8 +88,10 @@ class BEiTInvalidLossHook(Hook):
     def _check_loss(self, runner: Any, sent: tuple[Tensor, tuple[int, list[str]]] | None) -> None:
         if sent is None or not sent[0][0]:
             return
-        values, (iteration, names) = sent[0][1:].tolist(), sent[1]
-        listed = ', '.join(f'{name} {value:.4g}' for name, value in zip(names, values, strict=True))
+        values, (iteration, names) = sent[0][1:], sent[1]
+        listed = ', '.join(f'{name} {value:.4g}' for name, value in zip(names, values.tolist(), strict=True))
+        if values.isfinite().all():
+            listed = 'of another process'
         self._report(runner, f'the loss is not finite in iteration {iteration} ({listed})')
 
     def _report(self, runner: Any, what: str) -> None:
