@@ -25,7 +25,7 @@ from data_folders import DataError  # isort: skip
 from plot_run import configuration, predict  # isort: skip
 from predict_models import MMSegPredictor  # isort: skip
 from run_common import evaluate, train  # isort: skip
-from run_options import open_config, use_checks  # isort: skip
+from run_options import add_checks, open_config, set_on_nan  # isort: skip
 from run_work_dir import LOCK, in_use  # isort: skip
 
 CONFIG = f"""_base_ = {str(SHAPES_CONFIG)!r}
@@ -169,17 +169,21 @@ def test_a_training_of_nan_ends_with_status_1(cfg):
     assert not list(Path('work').glob('*.pth'))
 
 
-def test_checks_are_added_once(cfg):
-    cfg.default_hooks.classes = None  # left out on purpose
-    del cfg.default_hooks.invalid_loss
-    use_checks(cfg)
-    assert cfg.default_hooks.classes is None and cfg.default_hooks.invalid_loss == dict(type='BEiTInvalidLossHook')
-    use_checks(cfg, 'continue')
-    use_checks(cfg)
-    assert cfg.default_hooks.invalid_loss.on_nan == 'continue'
-    cfg.default_hooks = None
-    use_checks(cfg)
-    assert set(cfg.default_hooks) == {'classes', 'invalid_loss'}
+@pytest.mark.parametrize(
+    ('hooks', 'added'),
+    [
+        (None, ['BEiTClassCheckHook', 'BEiTInvalidLossHook']),
+        (dict(classes=None), ['BEiTInvalidLossHook']),  # left out on purpose
+        (dict(classes=dict(type='BEiTClassCheckHook'), invalid_loss=dict(type='BEiTInvalidLossHook')), []),
+    ],
+)
+def test_checks_are_added_once(hooks, added):
+    found = []
+    add_checks(SimpleNamespace(cfg=Config(dict(default_hooks=hooks)), register_hook=found.append))
+    assert [hook['type'] for hook in found] == added
+    cfg = Config(dict(default_hooks=hooks))
+    set_on_nan(cfg, 'continue')
+    assert cfg.default_hooks.invalid_loss == dict(type='BEiTInvalidLossHook', on_nan='continue')
 
 
 def test_classes_of_heads_and_data(cfg):

@@ -16,7 +16,7 @@ from typing import Any
 from data_folders import DataError
 from run_data import check_data, data_sets, report_left_out
 from run_mim import check_tokenizer, is_pretraining, result, sentence
-from run_options import check_batch, check_options, check_pretrained, leave_whole, open_config, use_checks
+from run_options import add_checks, check_batch, check_options, check_pretrained, leave_whole, open_config
 from run_summary import inner, summary
 from run_work_dir import evaluation_runner, in_use
 
@@ -212,6 +212,7 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
         warnings.filterwarnings('ignore', message=message)
     with redirect_stdout(_Console(sys.stdout)):
         runner = _run(lambda: _built(cfg), OUR_OWN)
+    add_checks(runner)
     if is_main_process() and not isinstance(runner.model, dict):  # FlexibleRunner builds it later
         print(summary(runner, counts), flush=True)
     return runner
@@ -233,7 +234,6 @@ def _train(cfg: Any) -> tuple[Path | None, str, float | None]:
     check_options(cfg)
     check_tokenizer(cfg)
     check_pretrained(cfg)
-    use_checks(cfg)
     runner = _start(cfg, counts)
     try:
         _run(runner.train)
@@ -285,7 +285,6 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
     cfg.load_from = None if is_file else str(checkpoint)
     cfg.resume = False  # the copy of a resumed run says True, and would fetch the latest checkpoint instead
     leave_whole(cfg)
-    use_checks(cfg)
     if tta:
         for dataset in data_sets(cfg.test_dataloader.dataset):
             dataset.pipeline = cfg.tta_pipeline

@@ -42,14 +42,22 @@ def open_config(path: Path | str) -> Any:
     return cfg
 
 
-def use_checks(cfg: Any, on_nan: str | None = None) -> None:
-    """Add the hooks that check classes and losses, unless default_hooks has them, or None; `on_nan` is for the loss."""
+def set_on_nan(cfg: Any, on_nan: str) -> None:
+    """Let a training stop at a loss that is not finite, or go on."""
     if cfg.get('default_hooks') is None:
         cfg.default_hooks = {}
+    cfg.default_hooks.invalid_loss = dict(type=CHECKS['invalid_loss'], on_nan=on_nan)
+
+
+def add_checks(runner: Any) -> None:
+    """Add the hooks that check classes and losses, unless default_hooks has them, or None.
+
+    To the Runner, not to its configuration: the copy of one that knows no `beit_plugin.mm` stays good for others.
+    """
+    named = runner.cfg.get('default_hooks') or {}
     for name, kind in CHECKS.items():
-        cfg.default_hooks.setdefault(name, dict(type=kind))
-    if on_nan is not None:
-        cfg.default_hooks.invalid_loss = dict(type=CHECKS['invalid_loss'], on_nan=on_nan)
+        if name not in named:
+            runner.register_hook(dict(type=kind))
 
 
 def check_options(cfg: Any) -> None:

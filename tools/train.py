@@ -14,7 +14,7 @@ from data_folders import DataError
 from plot_run import plot_curve
 from run_data import set_on_error
 from run_mim import use_sources
-from run_options import use_checks
+from run_options import set_on_nan
 from run_summary import length
 
 EXAMPLES = """examples:
@@ -71,7 +71,8 @@ def main() -> None:
         run_common.use_mixed_precision(cfg, args.amp)
     if args.on_error:
         set_on_error(cfg.train_dataloader.dataset, args.on_error)
-    use_checks(cfg, args.on_nan)
+    if args.on_nan:
+        set_on_nan(cfg, args.on_nan)
     checkpoint, result, _ = run_common.train(cfg)
     if os.environ.get('RANK', '0') == '0':
         where = f'checkpoint {checkpoint}' if checkpoint else f'no checkpoint in {cfg.work_dir}'

@@ -162,7 +162,10 @@ def test_all_processes_stop(tmp_path):
     """The loss of the second process alone is NaN."""
     (tmp_path / 'script.py').write_text(SCRIPT.format(paths=[str(ROOT / 'tests/mm'), str(ROOT / 'tests'), str(ROOT)]))
     torchrun(tmp_path / 'script.py', tmp_path)
-    for name, words in (('loss', 'in iteration 5 ('), ('gradient', 'weights are not finite after iteration 6 (weight)')):
+    for name, words in (
+        ('loss', 'in iteration 5 ('),
+        ('gradient', 'weights are not finite after iteration 6 (weight)'),
+    ):
         assert all(words in (tmp_path / f'{name}{rank}').read_text() for rank in range(2))
         assert ('of another process' in (tmp_path / f'{name}0').read_text()) == (name == 'loss')
         assert f'{tmp_path / name / "iter_4.pth"};' in (tmp_path / f'{name}1').read_text()
