@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-__all__ = ['LAYOUTS', 'ImageBytes', 'Layout', 'check_layout', 'flatten', 'read_image', 'read_label']
+__all__ = ['LAYOUTS', 'ImageBytes', 'Layout', 'check_layout', 'flatten', 'read_image', 'read_label', 'read_rgb']
 
 Layout = Literal['channels_first', 'channels_last', 'none']
 LAYOUTS: tuple[str, ...] = get_args(Layout)
@@ -80,6 +80,7 @@ def read_image(item: Any, name: str, layout: Layout | None, rgb: bool, rescale_f
             or values outside the range of pixels.
     """
     if isinstance(item, str | os.PathLike | ImageBytes | Image.Image):
+        name = _with_file(item, name)
         pixels, layout = _pillow_pixels(_open(item, name), name, rgb), 'channels_last'
     else:
         pixels = item
@@ -102,6 +103,21 @@ def read_image(item: Any, name: str, layout: Layout | None, rgb: bool, rescale_f
     )
 
 
+def read_rgb(item: Any, name: str) -> Image.Image:
+    """One image as 8 bit RGB.
+
+    Args:
+        item, name: as for ``read_image``.
+
+    Raises:
+        ValueError: what ``read_image`` raises, or floating point values, whose range nothing tells.
+    """
+    pixels = read_image(item, name, None, rgb=True, rescale_factor=None)
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f'{_with_file(item, name)} holds {pixels.dtype} values: save it with 8 bits a channel')
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
 def read_label(item: Any, name: str) -> Tensor:
     """The class numbers of one label map.
 
@@ -116,6 +132,7 @@ def read_label(item: Any, name: str) -> Tensor:
         ValueError: not a label map, unreadable, in colour, not of integers, or not of two dimensions.
     """
     if isinstance(item, str | os.PathLike | Image.Image):
+        name = _with_file(item, name)
         image = _open(item, name)
         if image.mode not in _LABEL_MODES:
             raise ValueError(f'{name} is a Pillow image of mode {image.mode}: labels have one channel of class numbers')
@@ -137,20 +154,27 @@ def read_label(item: Any, name: str) -> Tensor:
     return label.to(torch.uint8 if low >= 0 and high <= 255 else torch.int32)
 
 
+def _with_file(source: Any, name: str) -> str:
+    """The place of an image, and its file if it has one."""
+    if isinstance(source, str | os.PathLike | ImageBytes):
+        return f'{name} {source if isinstance(source, ImageBytes) else os.fspath(source)!r}'
+    return name
+
+
 def _open(source: Any, name: str) -> Image.Image:
     """A Pillow image, read to its end and turned as its EXIF data say."""
-    is_path = isinstance(source, str | os.PathLike)
-    file = '' if isinstance(source, Image.Image) else f' {os.fspath(source) if is_path else source!r}'
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             image.load()  # a file of several frames stays open after it, hence the with
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # asked first: exif_transpose always copies
         return ImageOps.exif_transpose(image) if turned else image
     except FileNotFoundError:
-        raise ValueError(f'{name}{file} does not exist: give the path of an image') from None
+        raise ValueError(f'{name} does not exist: give the path of an image') from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f'{name} is too large ({error}): shrink or crop it') from error
     except Exception as error:  # each decoder has its own
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'{name}{file} cannot be read as an image ({reason}): fetch or save it again') from error
+        raise ValueError(f'{name} cannot be read as an image ({reason}): fetch or save it again') from error
 
 
 def _pillow_pixels(image: Image.Image, name: str, rgb: bool) -> np.ndarray:

@@ -7,14 +7,14 @@ over where an archive is damaged, so this is written on Python's ``tarfile``.
 import hashlib
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .image_inputs import ImageBytes
 
-__all__ = ['ARCHIVE', 'LISTS', 'SUFFIXES', 'ImageList']
+__all__ = ['ARCHIVE', 'LISTS', 'SUFFIXES', 'ImageList', 'folders_below']
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 LISTS = ('.txt', '.lst')
@@ -28,12 +28,13 @@ class ImageList:
     Args:
         roots: one or several of: a folder, whose images are taken at any depth (``SUFFIXES``, hidden ones left out; the
             folders of classes of an ImageFolder too), or, where it holds none, those in its archives; a text file
-            (``LISTS``) with a path on each line, relative to it; an archive (``ARCHIVE``, not compressed), whose
+            (``LISTS``, UTF-8) with a path on each line, relative to it; an archive (``ARCHIVE``, not compressed), whose
             members are read where they lie; links among them are left out.
 
     Raises:
-        ValueError: a root that does not exist or holds no images, none at all, or an archive that is compressed or
-            damaged.
+        ValueError: a root that does not exist or holds no images, none at all, a list that is not UTF-8, or an archive
+            that is compressed or damaged.
+        OSError: a folder that may not be listed.
     """
 
     def __init__(self, roots: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
@@ -104,19 +105,48 @@ class ImageList:
         return found.hexdigest()
 
 
+def folders_below(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder at and below a root once, and the names in it that are no folders.
+
+    Links to folders are followed, after all that lies below the root itself; they may lead back.
+
+    Raises:
+        OSError: the root cannot be listed.
+    """
+    os.scandir(root).close()  # os.walk passes over what it cannot list
+    seen: set[tuple[int, int]] = set()
+    starts = [os.fspath(root)]
+    for start in starts:  # grows
+        for folder, inner, names in os.walk(start):
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                inner.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            inner.sort()
+            paths = [os.path.join(folder, name) for name in inner]
+            starts += [path for path in paths if os.path.islink(path)]
+            yield folder, names
+
+
 def _find(path: Path) -> tuple[list[str], list[str]]:
     """Image files and archives of a root."""
     if path.is_dir():
         found = sorted(
             os.path.join(folder, name)
-            for folder, _, names in os.walk(path, followlinks=True)
+            for folder, names in folders_below(path)
             for name in names
             if name.lower().endswith((*SUFFIXES, ARCHIVE)) and not name.startswith('.')  # macOS writes ._x.jpg
         )
         files = [name for name in found if not name.lower().endswith(ARCHIVE)]
         return files, [] if files else found  # beside images an archive is where they came from
     if path.is_file() and path.suffix in LISTS:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()
+        try:
+            lines = path.read_text(encoding='utf-8-sig').splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f'the list {path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8'
+            ) from error
         listed = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
         if any(line.lower().endswith(ARCHIVE) for line in listed):
             raise ValueError(

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 
-from .image_inputs import read_image
+from .image_inputs import read_rgb
 from .image_list import ImageList
 from .masking import BlockMasking, RandomMasking
 from .models.checks import height_and_width
@@ -214,15 +214,12 @@ class ImageFiles(Dataset[Sample]):
         return {'inputs': self.views.encoder_view(self.crop(self.image(index), index, number)), 'tokens': tokens}
 
     def image(self, index: int) -> Image.Image:
-        """An RGB image, turned by its EXIF data; see ``image_inputs.read_image``.
+        """An RGB image, turned by its EXIF data; see ``image_inputs.read_rgb``.
 
         Raises:
             ValueError: a file that is missing, damaged or no image; the sentence names it.
         """
-        pixels = read_image(self.files.source(index), 'image', None, rgb=True, rescale_factor=None)
-        if pixels.dtype != torch.uint8:
-            raise ValueError(f'image {self.path(index)!r} holds {pixels.dtype} values: save it with 8 bits a channel')
-        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return read_rgb(self.files.source(index), 'image')
 
     def crop(self, image: Image.Image, index: int, number: int) -> Image.Image:
         """A fixed view, before it gets a size; see ``TwoViews.crop``.

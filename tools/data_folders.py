@@ -50,9 +50,12 @@ class Folders:
 
 
 def files_below(folder: Path, suffixes: set[str]) -> list[str]:
-    """Paths of the files in and below a folder that end so, relative to it, without hidden ones."""
-    files = (p for p in folder.rglob('*') if p.suffix.lower() in suffixes and not p.name.startswith('.'))  # macOS: ._x
-    return sorted(str(p.relative_to(folder)) for p in files)
+    """Paths of the files in and below a folder that end so, relative to it, without hidden ones; links are followed."""
+    from beit_plugin.image_list import folders_below
+
+    files = (Path(where, name) for where, names in folders_below(folder) for name in names)
+    kept = (file for file in files if file.suffix.lower() in suffixes and not file.name.startswith('.'))  # macOS: ._x
+    return sorted(str(file.relative_to(folder)) for file in kept)
 
 
 def read_label(path: Path) -> np.ndarray:

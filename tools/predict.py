@@ -2,19 +2,31 @@
 """Segment or classify images, and look at the result.
 
 A segmentor writes for each image NAME_overlay.png (the image, and the class colours over it) and NAME_classes.png (a
-class number for each pixel); a classifier prints the most likely classes. predictions.json has the numbers of both.
-Images that cannot be used are named at the end, and make the exit status 1.
+class number for each pixel); a classifier prints the most likely classes. An image that cannot be used does not stop
+the others: it is named at the end, and the exit status is 1.
+
+predictions.json in the output folder has all results:
+  images   for each image by its path as it was given or found:
+           input     this path
+           files     what was written, relative to the output folder: any of overlay, classes, attention
+           classes   of a segmentor: the share of the pixels of each class that is there, by name, largest first
+           top       of a classifier: a list of name and probability, most likely first
+  failed   why, for each image by its path that cannot be used or lacks one of its files
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import run_common
-from data_folders import IMAGE_SUFFIXES, UNREADABLE, DataError, files_below
+from data_folders import IMAGE_SUFFIXES, DataError, files_below
 from run_common import positive
+from run_failures import make_folder, require_matplotlib
 
 EXAMPLES = """examples:
   python tools/predict.py photos --config configs/seg/beit-base_upernet_ade20k-640.py --checkpoint iter_160000.pth
@@ -23,6 +35,7 @@ EXAMPLES = """examples:
   python tools/predict.py a.jpg --model beit_plugin_base_patch16_224 --checkpoint FILE --attention 11 5:0 5:3
 """
 NUMBERS = 'predictions.json'
+MOST_NAMED = 20  # failures at the end; the file has all
 
 
 def attention(text: str) -> tuple[int, int | None]:
@@ -60,8 +73,8 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def find_images(inputs: Sequence[Path]) -> list[Path]:
-    """The images that were named, and those of folders and below them.
+def find_images(inputs: Sequence[Path], out: Path) -> list[Path]:
+    """The images that were named, and those of folders and below them, but for what an earlier run wrote to `out`.
 
     Raises:
         DataError: a path does not exist, or there are no images.
@@ -69,7 +82,9 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            found.extend(path / name for name in files_below(path, IMAGE_SUFFIXES))
+            below = [path / name for name in files_below(path, IMAGE_SUFFIXES)]
+            is_inside = path.resolve() in out.resolve().parents
+            found.extend(file for file in below if not (is_inside and out.resolve() in file.resolve().parents))
         elif path.is_file():
             found.append(path)
         else:
@@ -80,12 +95,13 @@ def find_images(inputs: Sequence[Path]) -> list[Path]:
 
 
 def names(paths: Sequence[Path]) -> dict[Path, str]:
-    """A name for the outputs of each image: its own without suffix, with a number where two have the same."""
-    taken: dict[str, int] = {}
-    found = {}
+    """A name for the outputs of each image: its own without suffix, with a number where two would have the same."""
+    found: dict[Path, str] = {}
+    taken: set[str] = set()
     for path in paths:
-        count = taken[path.stem] = taken.get(path.stem, 0) + 1
-        found[path] = path.stem if count == 1 else f'{path.stem}_{count}'
+        numbered = (path.stem if count == 1 else f'{path.stem}_{count}' for count in itertools.count(1))
+        found[path] = next(name for name in numbered if name.casefold() not in taken)  # some disks know no case
+        taken.add(found[path].casefold())
     return found
 
 
@@ -108,14 +124,52 @@ def chosen_heads(wanted: Sequence[tuple[int, int | None]], weights: Sequence[Any
     return found
 
 
-def reason(error: Exception) -> str:
-    """What was wrong with an image, in a line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+@dataclass
+class Results:
+    """What predictions.json holds.
+
+    Attributes:
+        out: folder of all that is written.
+        names: of the outputs, by image.
+        images: numbers and files, by the path of the image.
+        failed: why not, by the path of the image.
+    """
+
+    out: Path
+    names: dict[Path, str]
+    images: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def failing(self, path: Path, what: str = '') -> Iterator[None]:
+        """Let the others go on where this image fails; DataError is about all of them."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:  # decoders, pipelines and models each have their own
+            lines = str(error).replace(f' {str(path)!r}', '').strip().splitlines() or [type(error).__name__]
+            self.failed.setdefault(str(path), f'{what}{lines[0][:200]}')
+
+    def add(self, path: Path, **numbers: Any) -> None:
+        """Numbers of an image."""
+        self.images[str(path)] = dict(input=str(path), files={}, **numbers)
+
+    @contextmanager
+    def file(self, path: Path, kind: str) -> Iterator[Path]:
+        """Where to write a file of an image; it is noted when it is written."""
+        target = self.out / f'{self.names[path]}_{kind}.png'
+        yield target
+        self.images[str(path)]['files'][kind] = target.name
+
+    def write(self) -> None:
+        """Write predictions.json."""
+        text = json.dumps(dict(images=self.images, failed=self.failed), indent=1)
+        (self.out / NUMBERS).write_text(text + '\n')
 
 
-def segment(predictor: Any, path: Path, image: Any, name: str, out: Path) -> dict[str, Any]:
-    """Writes overlay and class map of an image to a folder; returns its numbers."""
+def segment(predictor: Any, path: Path, image: Any, results: Results) -> None:
+    """Shares of the classes of an image, its class map and its overlay."""
     import numpy as np
     from PIL import Image
     from predict_pictures import overlay, shares
@@ -123,28 +177,37 @@ def segment(predictor: Any, path: Path, image: Any, name: str, out: Path) -> dic
     label = predictor.label_map(path, image)
     if label.shape != (image.height, image.width):
         raise ValueError(f'the model segmented {label.shape} pixels of an image of {image.height} x {image.width}')
-    overlay(image, label, predictor.classes, predictor.palette, out / f'{name}_overlay.png')
-    classes = Image.fromarray(label.astype(np.uint8 if len(predictor.classes) <= 256 else np.uint16))
-    classes.save(out / f'{name}_classes.png')
-    return dict(classes=shares(label, predictor.classes))
+    results.add(path, classes=shares(label, predictor.classes))
+    with results.file(path, 'classes') as target:
+        Image.fromarray(label.astype(np.uint8 if len(predictor.classes) <= 256 else np.uint16)).save(target)
+    with results.file(path, 'overlay') as target:
+        overlay(image, label, predictor.classes, predictor.palette, target)
 
 
-def classify(predictor: Any, images: Sequence[Any], top: int) -> Iterator[dict[str, Any]]:
+def classify(predictor: Any, images: dict[Path, Any], top: int, results: Results) -> None:
     """The most likely classes of each image."""
     import numpy as np
 
-    for probabilities in predictor.probabilities(images):
+    for path, probabilities in zip(images, predictor.probabilities(list(images.values())), strict=True):
         order = np.argsort(-probabilities)[:top]
-        yield dict(top=[dict(name=predictor.classes[i], probability=float(probabilities[i])) for i in order])
+        best = [dict(name=predictor.classes[i], probability=float(probabilities[i])) for i in order]
+        results.add(path, top=best)
 
 
-def predict(args: argparse.Namespace, found: dict[str, Any], failed: dict[str, str]) -> None:
-    """Adds numbers by path, and why images failed."""
-    from predict_models import MMSegPredictor, Predictor, TimmPredictor, read_image
+def draw_attention(predictor: Any, path: Path, image: Any, wanted: Any, results: Results) -> None:
+    """What [CLS] looks at in an image."""
     from predict_pictures import attention_maps
+
+    image, weights, grid = predictor.attentions(image)
+    with results.file(path, 'attention') as target:
+        attention_maps(image, weights, grid, chosen_heads(wanted, weights), target)
+
+
+def predict(args: argparse.Namespace, paths: Sequence[Path], results: Results) -> None:
+    """Adds numbers and files, and why images failed."""
+    from predict_models import MMSegPredictor, Predictor, TimmPredictor, read_image
     from tqdm import tqdm
 
-    paths = find_images(args.inputs)
     if args.config:
         run_common.require_mmseg()
         predictor: Predictor = MMSegPredictor(args.config, args.checkpoint, args.multi_scale, args.device)
@@ -152,57 +215,58 @@ def predict(args: argparse.Namespace, found: dict[str, Any], failed: dict[str, s
         predictor = TimmPredictor(args.model, args.checkpoint, args.labels, args.multi_scale, args.device)
     if args.multi_scale and not predictor.segments:
         raise DataError(f'--multi-scale is for segmentors, and {args.model} is a classifier.')
-    args.out.mkdir(parents=True, exist_ok=True)
-    outputs = names(paths)
+    if predictor.segments or args.attention is not None:
+        require_matplotlib('drawing')
     size = 1 if predictor.segments else args.batch_size
     with tqdm(total=len(paths), unit='image') as bar:
         for first in range(0, len(paths), size):
-            batch = {}
-            for path in paths[first : first + size]:
-                try:
-                    batch[path] = read_image(path)
-                except UNREADABLE as error:
-                    failed[str(path)] = reason(error)
-            try:
-                if predictor.segments:
-                    for path, image in batch.items():
-                        found[str(path)] = segment(predictor, path, image, outputs[path], args.out)
-                elif batch:
-                    found |= zip(map(str, batch), classify(predictor, list(batch.values()), args.top), strict=True)
-            except DataError:
-                raise
-            except Exception as error:  # whatever a pipeline makes of one image, the others go on
-                failed |= {str(path): reason(error) for path in batch if str(path) not in found}
-            for path, image in batch.items() if args.attention is not None else ():
-                try:
-                    image, weights, grid = predictor.attentions(image)
-                    target = args.out / f'{outputs[path]}_attention.png'
-                    attention_maps(image, weights, grid, chosen_heads(args.attention, weights), target)
-                except DataError:
-                    raise
-                except Exception as error:
-                    failed.setdefault(str(path), f'no attention maps: {reason(error)}')
-            bar.update(len(paths[first : first + size]))
+            batch = paths[first : first + size]
+            images = {}
+            for path in batch:
+                with results.failing(path):
+                    images[path] = read_image(path)
+            if not predictor.segments:
+                with suppress(Exception):  # a single image may be the reason: each is asked alone below
+                    classify(predictor, images, args.top, results)
+            for path, image in images.items():
+                with results.failing(path):
+                    if predictor.segments:
+                        segment(predictor, path, image, results)
+                    elif str(path) not in results.images:
+                        classify(predictor, {path: image}, args.top, results)
+            known = [path for path in images if str(path) in results.images]
+            for path in known if args.attention is not None else ():
+                with results.failing(path, 'no attention maps: '):
+                    draw_attention(predictor, path, images[path], args.attention, results)
+            bar.update(len(batch))
+
+
+def shown(path: str) -> str:
+    """A path in one line that every terminal can show."""
+    return path if path.isprintable() else ascii(path)
 
 
 def main() -> None:
     args = parse_args()
-    found: dict[str, Any] = {}
-    failed: dict[str, str] = {}
+    paths = find_images(args.inputs, args.out)
+    make_folder(args.out, '--out')
+    results = Results(args.out, names(paths))
     try:
-        predict(args, found, failed)
+        predict(args, paths, results)
     finally:  # also when it is interrupted
-        if args.out.is_dir():
-            (args.out / NUMBERS).write_text(json.dumps(dict(images=found, failed=failed), indent=1) + '\n')
-    for path, numbers in found.items():
+        if results.images or results.failed:  # else those of an earlier run stay
+            results.write()
+    for path, numbers in results.images.items():
         best = numbers.get('top') or [
             dict(name=k, probability=v) for k, v in list(numbers['classes'].items())[: args.top]
         ]
-        print(f'{path}: ' + ', '.join(f'{one["name"]} {100 * one["probability"]:.1f} %' for one in best))
-    print(f'{len(found)} of {len(found.keys() | failed.keys())} images, results in {args.out}')
-    if failed:
-        listed = '; '.join(f'{path} ({why})' for path, why in failed.items())
-        raise DataError(f'{len(failed)} of {len(found.keys() | failed.keys())} images could not be used: {listed}.')
+        print(f'{shown(path)}: ' + ', '.join(f'{one["name"]} {100 * one["probability"]:.1f} %' for one in best))
+    print(f'{len(results.images)} of {len(paths)} images, results in {args.out}')
+    if results.failed:
+        listed = [f'{shown(path)} ({why})' for path, why in list(results.failed.items())[:MOST_NAMED]]
+        more = len(results.failed) - len(listed)
+        rest = f'; and {more} more in {args.out / NUMBERS}' if more else ''
+        raise DataError(f'{len(results.failed)} of {len(paths)} images could not be used: {"; ".join(listed)}{rest}.')
 
 
 if __name__ == '__main__':

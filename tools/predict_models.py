@@ -14,6 +14,7 @@ import numpy as np
 from data_folders import DataError, colours
 from PIL import Image
 from run_common import WARNING_NOISE, load_weights
+from run_failures import require_file
 from run_options import open_config
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of BEiT's multi-scale evaluation, each also mirrored
@@ -23,10 +24,9 @@ ATTENTION_TOKENS = 4096  # of an image whose attention is drawn: weights take he
 
 def read_image(path: Path) -> Image.Image:
     """An image as the image processor sees it: RGB, turned by its EXIF data; ValueError with a sentence."""
-    from beit_plugin.image_inputs import read_image
+    from beit_plugin.image_inputs import read_rgb
 
-    pixels = read_image(path, 'the image', None, rgb=True, rescale_factor=None)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+    return read_rgb(path, 'the image')
 
 
 def _of_checkpoint(name: str, checkpoint: Path) -> dict[str, Any]:
@@ -113,9 +113,8 @@ class MMSegPredictor(Predictor):
         import beit_plugin.mm  # noqa: F401  registers
         from beit_plugin.checkpoints.files import read_file
 
-        for path, what in ((config, '--config'), (checkpoint, '--checkpoint')):
-            if not Path(path).is_file():
-                raise DataError(f'{what} {path} does not exist.')
+        require_file(config, '--config')
+        require_file(checkpoint, '--checkpoint')
         for message in WARNING_NOISE:
             warnings.filterwarnings('ignore', message=message)
         cfg = open_config(config)
@@ -191,8 +190,8 @@ class TimmPredictor(Predictor):
 
         if not timm.is_model(name):
             raise DataError(f"--model {name} is no model of timm; timm.list_models('*beit*') names ours.")
-        if checkpoint is not None and not checkpoint.is_file():
-            raise DataError(f'--checkpoint {checkpoint} does not exist.')
+        if checkpoint is not None:
+            require_file(checkpoint, '--checkpoint')
         try:
             if checkpoint is None:
                 model = timm.create_model(name, pretrained=True)
@@ -244,9 +243,11 @@ class TimmPredictor(Predictor):
 def _read_names(labels: Path | None, count: int) -> list[str]:
     """Names of the classes: lines of a file, ImageNet's for 1000, or none."""
     if labels is not None:
-        if not labels.is_file():
-            raise DataError(f'--labels {labels} does not exist.')
-        names = labels.read_text().splitlines()
+        require_file(labels, '--labels')
+        try:
+            names = labels.read_text(encoding='utf-8-sig').splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f'--labels {labels} is not UTF-8: save it as UTF-8.') from error
         if len(names) != count:
             raise DataError(f'--labels {labels} has {len(names)} lines, but the model has {count} classes.')
         return names

@@ -15,6 +15,7 @@ from typing import Any
 
 from data_folders import DataError
 from run_data import check_data, data_sets, report_left_out
+from run_failures import exit_for, make_folder
 from run_mim import check_tokenizer, is_pretraining, result, sentence
 from run_options import add_checks, check_batch, check_options, check_pretrained, leave_whole, open_config
 from run_summary import inner, summary
@@ -204,6 +205,7 @@ def _start(cfg: Any, counts: dict[str, int]) -> Any:
     """The Runner of the configuration, and its summary on the console."""
     from mmengine.dist import is_main_process
 
+    make_folder(Path(cfg.work_dir), '--work-dir')
     number = next(_RUN_NUMBERS)
     if number > 1:
         # mmengine tells the runs of a process apart by the second only: short ones would share logger and log file
@@ -307,8 +309,6 @@ def run(main: Callable[[], None]) -> None:
         distributed = sys.modules.get('torch.distributed')
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # or NCCL warns at the end, and gloo's threads may abort it
-    except DataError as error:
-        sys.exit(f'error: {error}')
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        exit_for(error)
+        raise

@@ -38,6 +38,7 @@ class LeftOut:
 
     def add(self, path: str, reason: str) -> None:
         """Remember and log a file, unless it is known."""
+        self._folder.mkdir(exist_ok=True)  # systems remove temporary folders that nobody uses for days
         try:
             with open(self._folder / hashlib.sha1(os.fsencode(path)).hexdigest(), 'xb') as entry:
                 entry.write(os.fsencode(f'{path}\n{reason}'))

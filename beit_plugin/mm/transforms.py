@@ -25,6 +25,7 @@ __all__ = ['BEiTLoadAnnotations', 'BEiTLoadImageFromFile', 'DataFileError']
 
 IGNORED = 255  # mmsegmentation's label of the pixels that do not count
 MIN_SIDE = 2  # pixels; mmsegmentation drops a side of one pixel from the label
+TRIES = 1000  # at another image, before a training ends; mmengine's number
 MAX_ASPECT = 100  # longer images lose their short side to rounding when they are resized
 
 
@@ -35,6 +36,7 @@ class _OnError:
         check_on_error(on_error)
         self.on_error = on_error
         self._left_out = LeftOut(what) if on_error == 'skip' else None
+        self._failed_in_a_row = 0
 
     @property
     def left_out(self) -> dict[str, str]:
@@ -49,7 +51,14 @@ class _OnError:
             if self._left_out is None:
                 raise
             self._left_out.add(path, str(error))
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row == TRIES:
+                raise DataFileError(
+                    f'none of {TRIES} {self._left_out.what}s in a row can be used; of the last one, {error}; check the '
+                    'disk'
+                ) from error
             return None
+        self._failed_in_a_row = 0
         return results
 
 
@@ -66,7 +75,8 @@ class BEiTLoadImageFromFile(_OnError, LoadImageFromFile):
             random, and logs each such file once.
 
     Raises:
-        DataFileError: a file that is missing, damaged, below 2 x 2 pixels, or over 100 times longer than wide.
+        DataFileError: a file that is missing, damaged, below 2 x 2 pixels, or over 100 times longer than wide; from
+            'skip', `TRIES` of them in a row.
         ValueError: another `on_error`.
     """
 
