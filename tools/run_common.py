@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from data_folders import DataError
-from run_data import check_data, data_sets, report_left_out
+from run_data import check_data, data_sets, report_left_out, set_data_root
 from run_failures import exit_for, make_folder
 from run_mim import check_tokenizer, is_pretraining, result, sentence
 from run_options import add_checks, check_batch, check_options, check_pretrained, leave_whole, open_config
-from run_summary import inner, summary
+from run_summary import inner, score, summary
 from run_work_dir import evaluation_runner, in_use
 
 _RUN_NUMBERS = itertools.count(1)
@@ -138,9 +138,7 @@ def read_config(args: argparse.Namespace) -> Any:
     cfg = open_config(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if args.data_root is not None:
-        for loader in (cfg.get(f'{part}_dataloader') for part in ('train', 'val', 'test')):
-            for dataset in data_sets(loader.dataset) if loader else ():
-                dataset.data_root = str(args.data_root)
+        set_data_root(cfg, args.data_root)
     return cfg
 
 
@@ -250,8 +248,7 @@ def _train(cfg: Any) -> tuple[Path | None, str, float | None]:
     checkpoint = Path(last.read_text().strip()) if last.is_file() else None
     scalars = runner.message_hub.log_scalars
     miou = scalars['val/mIoU'].current() if 'val/mIoU' in scalars else None
-    words = 'no mIoU' if miou is None else f'mIoU {miou:.2f}'
-    return checkpoint, result(cfg, scalars) if is_pretraining(cfg) else words, miou
+    return checkpoint, result(cfg, scalars) if is_pretraining(cfg) else score(scalars), miou
 
 
 def _run(step: Callable[[], Any], more: tuple[type[Exception], ...] = ()) -> Any:
@@ -282,7 +279,8 @@ def evaluate(cfg: Any, checkpoint: Path | str, tta: bool) -> dict[str, float]:
         raise DataError('the configuration has no test_dataloader: there is nothing to evaluate on.')
     if tta and 'tta_pipeline' not in cfg:
         raise DataError('the configuration has no tta_pipeline, so --tta cannot run.')
-    counts = {'test': check_data(cfg.test_dataloader.dataset)}
+    with scope_of(cfg):
+        counts = {'test': check_data(cfg.test_dataloader.dataset)}
     cfg = copy.deepcopy(cfg)
     cfg.load_from = None if is_file else str(checkpoint)
     cfg.resume = False  # the copy of a resumed run says True, and would fetch the latest checkpoint instead

@@ -20,6 +20,18 @@ def data_sets(dataset_cfg: Any) -> Iterator[Any]:
         yield from data_sets(cfg)
 
 
+def set_data_root(cfg: Any, root: Path) -> None:
+    """Let all data sets of a configuration read from another folder, and metrics with a file in the old one."""
+    for part in ('train', 'val', 'test'):
+        loader, metrics = cfg.get(f'{part}_dataloader'), cfg.get(f'{part}_evaluator')
+        for dataset in data_sets(loader.dataset) if loader else ():
+            for metric in metrics if isinstance(metrics, list) else [metrics or {}]:
+                file = Path(metric.get('ann_file') or '')
+                if dataset.get('data_root') and file.is_relative_to(dataset.data_root):
+                    metric['ann_file'] = str(root / file.relative_to(dataset.data_root))
+            dataset.data_root = str(root)
+
+
 def _loading_steps(dataset_cfg: Any) -> list[Any]:
     """Those steps of a data set's pipeline that can go on without a file."""
     return [step for step in dataset_cfg.get('pipeline', ()) if step['type'] in CAN_SKIP]
@@ -43,7 +55,7 @@ def set_on_error(dataset_cfg: Any, on_error: str) -> None:
 
 
 def check_data(dataset_cfg: Any) -> int:
-    """Number of images of a data set in `BaseSegDataset` style, or of ours, or of all inside a wrapper, each once.
+    """Number of images of a data set of segmentation, of detection, or of ours, or of all in a wrapper, each once.
 
     Raises:
         DataError: folders, images or labels are missing or damaged, or labels are outside the classes; where the
@@ -61,6 +73,8 @@ def _check_one(dataset_cfg: Any) -> int:
     from mmseg.registry import DATASETS
 
     dataset = DATASETS.build({**dataset_cfg, 'pipeline': [], 'lazy_init': True})
+    if 'seg_map_path' not in dataset.data_prefix:
+        return _check_annotations(dataset)
     for key, what in (('img_path', 'images'), ('seg_map_path', 'labels')):
         if not Path(dataset.data_prefix[key]).is_dir():
             raise DataError(f'the data root {root} has no {what}: {dataset.data_prefix[key]} does not exist.')
@@ -79,6 +93,22 @@ def _check_one(dataset_cfg: Any) -> int:
         raise DataError(f'{len(missing)} of {len(pairs)} images have no label: {missing[0]} is missing.')
     _check_pairs(checked, dataset, turn)
     return len(pairs)
+
+
+def _check_annotations(dataset: Any) -> int:
+    """Number of images of a data set whose labels are in a file, such as mmdetection's."""
+    try:
+        files = [image['img_path'] for image in dataset.load_data_list()]
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            f'{dataset.ann_file} holds no annotations of a {type(dataset).__name__} ({error!r}).'
+        ) from error
+    if not files:
+        raise DataError(f'{dataset.ann_file} names no images.')
+    missing = [] if getattr(dataset, 'backend_args', None) else [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise DataError(f'{len(missing)} of {len(files)} images do not exist, such as {missing[0]}.')
+    return len(files)
 
 
 def _check_pairs(pairs: list[Any], dataset: Any, turn: bool) -> None:

@@ -125,7 +125,10 @@ def summary(runner: Any, counts: dict[str, int]) -> str:
         device = torch.cuda.get_device_name()
     else:
         device += f', {torch.get_num_threads()} threads'
-    lines = pretraining(cfg, module) if is_pretraining(cfg) else _segmentor(module)
+    if is_pretraining(cfg):
+        lines = pretraining(cfg, module)
+    else:
+        lines = _segmentor(module) if hasattr(module, 'decode_head') else _detector(module)
     lines.append(f'data        {", ".join(f"{count} {name} images" for name, count in counts.items())}')
     if 'training' in counts:
         batch = cfg.train_dataloader.batch_size * get_world_size() * cfg.optim_wrapper.get('accumulative_counts', 1)
@@ -141,6 +144,20 @@ def summary(runner: Any, counts: dict[str, int]) -> str:
             )
     lines += [f'device      {device}, {get_world_size()} process(es)', f'output      {cfg.work_dir}']
     return '\n'.join(f'  {line}' for line in lines)
+
+
+def score(scalars: Any) -> str:
+    """The last mIoU of a segmentor, or average precisions of a detector, in words."""
+    if 'val/mIoU' in scalars:
+        return f'mIoU {scalars["val/mIoU"].current():.2f}'
+    precisions = {name.rpartition('/')[2]: values for name, values in scalars.items() if name.endswith('_mAP')}
+    return ', '.join(f'{name} {values.current():.3f}' for name, values in precisions.items()) or 'no mIoU'
+
+
+def _detector(module: Any) -> list[str]:
+    """Lines about a model of mmdetection."""
+    parts = ' + '.join(type(part).__name__ for part in _parts(module))
+    return [f'model       {type(module).__name__} of {parts}, {millions(module)}']
 
 
 def _segmentor(module: Any) -> list[str]:

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Train a segmentor, or pre-train: mmengine's Runner with checks, a summary, a curve, and the result in the last line.
+"""Train a segmentor or a detector, or pre-train: mmengine's Runner with checks, a summary, a curve, the result last.
 
-CONFIG is a file of configs/; mmsegmentation's own tools/train.py takes it as well, and the same arguments. Those of
-configs/mim/ train a tokenizer, or a BEiT by masked image modelling, on images without labels.
+CONFIG is a file of configs/; mmsegmentation's own tools/train.py takes it as well (mmdetection's that of configs/det/),
+and the same arguments. Those of configs/mim/ train a tokenizer, or a BEiT by masked image modelling, on images without
+labels.
 """
 
 import argparse
