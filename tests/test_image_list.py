@@ -51,6 +51,7 @@ class TestFiles:
             ('shards.txt', r'shards.txt lists archives \(.tar\): give these themselves'),
             ('file.md', 'file.md is neither a folder nor a list'),
             ('a.tar.gz', r'a.tar.gz is neither .* nor an archive \(.tar\): .* an archive that is not compressed'),
+            ('latin.txt', r'the list latin.txt is not UTF-8 \(.* at byte 3\): save it as UTF-8'),
             ([], 'got no folder and no list'),
         ],
     )
@@ -59,9 +60,29 @@ class TestFiles:
         (tmp_path / 'empty').mkdir()
         (tmp_path / 'file.md').touch()
         (tmp_path / 'a.tar.gz').touch()
+        (tmp_path / 'latin.txt').write_bytes(b'caf\xe9.jpg\n')
         (tmp_path / 'shards.txt').write_text('\ufeffa.tar\nb.tar\n')
         with pytest.raises(ValueError, match=sentence):
             ImageList(roots)
+
+    def test_links_are_followed_once(self, root, tmp_path):
+        (tmp_path / 'elsewhere').mkdir()
+        (root / 'class1/1.png').rename(tmp_path / 'elsewhere/1.png')
+        (root / 'linked').symlink_to(tmp_path / 'elsewhere')
+        (root / 'another class0').symlink_to(root / 'class0')  # its images are those of class0
+        expected = ['class0/0.png', 'class0/2.png', 'class1/3.png', 'linked/1.png']
+        for folder in (root, root / 'class0', root / 'class1', tmp_path / 'elsewhere'):
+            for i in range(8):  # each doubles the walk at every depth
+                (folder / f'loop{i}').symlink_to(root)
+        assert [path.removeprefix(f'{root}/') for path in names(root)] == expected
+
+    def test_a_folder_that_may_not_be_listed(self, root, monkeypatch):
+        def refuse(path):
+            raise PermissionError(13, 'Permission denied', path)
+
+        monkeypatch.setattr('os.scandir', refuse)
+        with pytest.raises(PermissionError):
+            ImageList(root)
 
     def test_digest(self, root, tmp_path):
         before = ImageList([root, shard(tmp_path / 'a.tar', root, ['class0/0.png'])]).digest()

@@ -17,7 +17,8 @@ import beit_plugin  # noqa: F401  registers
 
 import predict  # isort: skip
 import run_common  # isort: skip
-from predict_models import named, read_image  # isort: skip
+import run_failures  # isort: skip
+from predict_models import TimmPredictor, named, read_image  # isort: skip
 from predict_pictures import shares  # isort: skip
 from data_folders import DataError  # isort: skip
 
@@ -27,7 +28,7 @@ needs_mmseg = pytest.mark.skipif(importlib.util.find_spec('mmseg') is None, reas
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Images of several kinds, and two that are broken."""
+    """Images of several kinds, two that are broken, and one of floating point numbers."""
     root = tmp_path_factory.mktemp('photos')
     rng = np.random.default_rng(0)
     for name, shape in {
@@ -41,6 +42,7 @@ def folder(tmp_path_factory):
     write(root / 'cut.jpg', rng.integers(0, 255, (60, 60, 3)))
     cut(root / 'cut.jpg', 0.5)
     (root / 'text.png').write_text('no image')
+    Image.fromarray(rng.random((20, 30)).astype(np.float32)).save(root / 'float.tif')
     return root
 
 
@@ -90,21 +92,29 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def check_failures(numbers, said, folder):
-    assert set(numbers['failed']) == {str(folder / 'cut.jpg'), str(folder / 'text.png')}
-    assert said.startswith('2 of 6 images could not be used: ') and 'truncated' in said and 'cannot identify' in said
+    assert set(numbers['failed']) == {str(folder / name) for name in ('cut.jpg', 'text.png', 'float.tif')}
+    assert said.startswith('3 of 7 images could not be used: ')
+    assert all(words in said for words in ('truncated', 'cannot identify', 'float.tif (the image holds torch.float32'))
+
+
+def files(numbers, folder):
+    """Names of what was written, by image."""
+    assert all(found['input'] == path for path, found in numbers['images'].items())
+    return {str(Path(path).relative_to(folder)): found['files'] for path, found in numbers['images'].items()}
 
 
 def test_classifier(folder, weights, tmp_path, monkeypatch, capsys):
     args = (folder, '--model', CLASSIFIER, '--checkpoint', weights, '--top', 3, '--attention', '11:2', '0')
     numbers, output, said = call(monkeypatch, capsys, tmp_path, *args)
     check_failures(numbers, said, folder)
-    assert len(numbers['images']) == 4 and '4 of 6 images' in output
+    assert len(numbers['images']) == 4 and '4 of 7 images' in output
     for found in numbers['images'].values():
         values = [one['probability'] for one in found['top']]
         assert len(values) == 3 and values == sorted(values, reverse=True)
         assert not found['top'][0]['name'].startswith('class')  # ImageNet's
-    names = {path.name for path in tmp_path.glob('*.png')}
-    assert names == {f'{name}_attention.png' for name in ('a', 'a_2', 'rgba', 'turned')}
+    expected = {'a.png': 'a', 'sub/a.png': 'a_2', 'rgba.png': 'rgba', 'turned.jpg': 'turned'}
+    assert files(numbers, folder) == {image: {'attention': f'{name}_attention.png'} for image, name in expected.items()}
+    assert {path.name for path in tmp_path.glob('*.png')} == {f'{name}_attention.png' for name in expected.values()}
     assert width(tmp_path / 'a_attention.png') > 500  # four panels
 
 
@@ -122,15 +132,40 @@ def test_a_checkpoint_tells_its_classes(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / 'out').glob('*.png')] == ['b_attention.png']
 
 
+def test_one_image_does_not_spoil_its_batch(folder, weights, tmp_path, monkeypatch, capsys):
+    probabilities = TimmPredictor.probabilities
+
+    def picky(self, images):
+        if any(image.size == (48, 50) for image in images):  # rgba.png
+            raise RuntimeError('too much')
+        return probabilities(self, images)
+
+    monkeypatch.setattr(TimmPredictor, 'probabilities', picky)
+    numbers, _, said = call(monkeypatch, capsys, tmp_path, folder, '--model', CLASSIFIER, '--checkpoint', weights)
+    assert len(numbers['images']) == 3 and 'rgba.png (too much)' in said
+    assert list(files(numbers, folder).values()) == [{}] * 3
+
+
+@needs_mmseg
+def test_a_picture_that_cannot_be_written(segmentor, folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a_overlay.png').mkdir()
+    numbers, _, said = call(monkeypatch, capsys, tmp_path, folder / 'a.png', folder / 'rgba.png', *segmentor)
+    assert re.match(r'1 of 2 images could not be used: .*a.png \(.*Is a directory', said)
+    assert files(numbers, folder) == {
+        'a.png': {'classes': 'a_classes.png'},
+        'rgba.png': {'classes': 'rgba_classes.png', 'overlay': 'rgba_overlay.png'},
+    }
+
+
 def test_interrupted(folder, weights, tmp_path, monkeypatch, capsys):
     """What was found is written."""
     seen = []
 
-    def stop(*args):
+    def stop(predictor, images, top, results):
         seen.append(1)
         if len(seen) == 2:
             raise KeyboardInterrupt
-        return iter([dict(top=[])])
+        results.add(next(iter(images)), top=[])
 
     monkeypatch.setattr(predict, 'classify', stop)
     args = [str(folder), '--model', CLASSIFIER, '--checkpoint', str(weights), '--batch-size', '1', '--device', 'cpu']
@@ -149,6 +184,8 @@ def test_mmsegmentation(segmentor, folder, tmp_path, monkeypatch, capsys, more):
     assert len(numbers['images']) == 4 and f'{folder}/turned.jpg: ' in output
     for found in numbers['images'].values():
         assert sum(found['classes'].values()) == pytest.approx(1)
+    drawn = ('classes', 'overlay', *(['attention'] if '--attention' in more else ()))
+    assert files(numbers, folder)['sub/a.png'] == {kind: f'a_2_{kind}.png' for kind in drawn}
     shapes = {name: pixels(tmp_path / f'{name}_classes.png').shape for name in ('a', 'rgba', 'turned')}
     assert shapes == {'a': (40, 60), 'rgba': (50, 48), 'turned': (80, 30)}
     assert width(tmp_path / 'a_overlay.png') == 1200
@@ -201,6 +238,10 @@ def test_segmentor_of_timm(tmp_path, monkeypatch, capsys, folder, more):
         (('--attention', '2:3'), 'the block has the heads 0 to 2'),
         (('--multi-scale',), 'is a classifier'),
         (('--labels', 'none.txt'), '--labels none.txt does not exist'),
+        (('--labels', 'latin.txt'), '--labels latin.txt is not UTF-8'),
+        (('--out', 'latin.txt'), r'--out latin.txt cannot be written to \(it is a file\): give another folder'),
+        (('--out', '/proc/none'), '--out /proc/none cannot be written to'),
+        (('--checkpoint', '.'), '--checkpoint . is a folder, expected a file'),
         (('--model', 'beit_none'), 'is no model of timm'),
         (('--checkpoint', 'none.pth'), '--checkpoint none.pth does not exist'),
         (('--checkpoint', __file__), 'is cut off or no checkpoint file'),
@@ -212,17 +253,43 @@ def test_segmentor_of_timm(tmp_path, monkeypatch, capsys, folder, more):
 )
 def test_refuses(args, reason, folder, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / 'latin.txt').write_bytes(b'caf\xe9\n')
     start = ['predict.py', str(folder / 'a.png'), '--model', CLASSIFIER, '--checkpoint', str(weights)]
     monkeypatch.setattr(sys, 'argv', [*start, '--device', 'cpu', *args])
     with pytest.raises(DataError, match=reason):
         predict.main()
 
 
-def test_refuses_inputs(tmp_path):
+def test_without_matplotlib(folder, weights, tmp_path, monkeypatch):
+    """Of an installation for timm alone; no image is to blame."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(run_failures, 'find_spec', lambda name: None if name == 'matplotlib' else find_spec(name))
+    start = ['predict.py', str(folder), '--model', CLASSIFIER, '--checkpoint', str(weights), '--attention']
+    monkeypatch.setattr(sys, 'argv', [*start, '--device', 'cpu', '--out', str(tmp_path)])
+    with pytest.raises(DataError, match='drawing needs matplotlib: pip install matplotlib'):
+        predict.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs(tmp_path):
     with pytest.raises(DataError, match='none does not exist'):
-        predict.find_images([tmp_path / 'none'])
+        predict.find_images([tmp_path / 'none'], tmp_path)
     with pytest.raises(DataError, match='no images in'):
-        predict.find_images([tmp_path])
+        predict.find_images([tmp_path], tmp_path)
+    write(tmp_path / 'a.png', np.zeros((4, 4)))
+    write(tmp_path / 'out/a_overlay.png', np.zeros((4, 4)))  # of an earlier run
+    (tmp_path / 'back').symlink_to(tmp_path)
+    assert predict.find_images([tmp_path], tmp_path / 'out') == [tmp_path / 'a.png']
+    assert predict.find_images([tmp_path / 'out'], tmp_path / 'out') == [tmp_path / 'out/a_overlay.png']
+
+
+def test_no_two_images_share_an_output():
+    paths = [Path(name) for name in ('a.jpg', 'a.png', 'a_2.jpg', 'b/A.jpg', 'b/c.jpg')]
+    assert list(predict.names(paths).values()) == ['a', 'a_2', 'a_2_2', 'A_3', 'c']
+
+
+def test_paths_are_shown_in_a_line():
+    assert [predict.shown(path) for path in ('ü ä.jpg', 'a\nb', 'a\udcff')] == ['ü ä.jpg', r"'a\nb'", r"'a\udcff'"]
 
 
 @pytest.mark.parametrize(

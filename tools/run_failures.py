@@ -50,7 +50,7 @@ def exit_for(error: BaseException) -> None:
         sys.exit(130)
     if isinstance(error, DataError):
         sys.exit(f'error: {error}')
-    died = next(filter(None, (_WORKER.match(str(cause)) for cause in chain)), None)
+    died = next(filter(None, (_WORKER.match(str(cause)) for cause in reversed(chain))), None)
     if died:
         how = f'was killed by the signal {died[1]}' if died[1] else 'died'
         sys.exit(
