@@ -65,7 +65,7 @@ def require_mmseg() -> None:
     """Raises DataError unless the OpenMMLab extra is installed."""
     missing = [name for name in ('mmengine', 'mmcv', 'mmseg') if find_spec(name) is None]
     if missing:
-        raise DataError(f"{' and '.join(missing)} not installed: pip install 'beit-plugin[mmseg]'")
+        raise DataError(f"{' and '.join(missing)} not installed: pip install '.[mmseg]' in the folder of beit_plugin.")
 
 
 def key_value(text: str) -> str:

@@ -51,7 +51,7 @@ class LeftOut:
 
     def files(self) -> dict[str, str]:
         """Paths and reasons."""
-        entries = sorted(os.fsdecode(entry.read_bytes()).partition('\n') for entry in self._folder.iterdir())
+        entries = sorted(os.fsdecode(entry.read_bytes()).partition('\n') for entry in self._folder.glob('*'))
         return {path: reason for path, _, reason in entries}
 
 

@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tools_common import ROOT
 
 if importlib.util.find_spec('mmdet') is None:
     pytest.skip("needs the extra: pip install 'beit-plugin[mmdet]'", allow_module_level=True)
@@ -23,6 +23,10 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner
 
+import run_common  # isort: skip
+from data_folders import DataError  # isort: skip
+from run_data import set_data_root  # isort: skip
+
 pytestmark = [
     # mmengine 0.10.7 finds mmdetection's configs by it; the extra pins the last setuptools that has it
     pytest.mark.filterwarnings('ignore:pkg_resources is deprecated as an API:UserWarning'),
@@ -30,7 +34,6 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:__array__ implementation doesn.t accept a copy keyword:DeprecationWarning'),
 ]
 
-ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob('configs/det/*.py'))
 
 
@@ -129,13 +132,16 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def test_trains_and_evaluates(photographs, tmp_path, monkeypatch):
+@pytest.fixture
+def small(photographs, tmp_path, monkeypatch):
+    """The smallest recipe on them, with a tiny model, for two steps."""
     monkeypatch.setenv('COCO_MINI_ROOT', str(photographs))
     cfg = read('mask-rcnn_beit-base_coco-mini')
     cfg.work_dir = str(tmp_path / 'work')
     cfg.train_dataloader.pin_memory = torch.cuda.is_available()
-    small = dict(img_size=64, embed_dims=16, num_layers=4, num_heads=2, window_size=2, global_blocks=(1, 3))
-    cfg.model.backbone.update(small)
+    cfg.model.backbone.update(
+        img_size=64, embed_dims=16, num_layers=4, num_heads=2, window_size=2, global_blocks=(1, 3)
+    )
     cfg.model.neck.in_channels = 16
     cfg.model.roi_head.bbox_head.fc_out_channels = 16
     cfg.model.rpn_head.num_convs = 1
@@ -150,10 +156,31 @@ def test_trains_and_evaluates(photographs, tmp_path, monkeypatch):
     cfg.train_cfg.update(max_iters=2, val_interval=2)
     cfg.default_hooks.logger.interval = 1
     cfg.model.test_cfg.rcnn.score_thr = 0.0
-    runner = Runner.from_cfg(cfg)
+    return cfg
+
+
+def test_trains_and_evaluates(small, tmp_path):
+    runner = Runner.from_cfg(small)
     before = runner.model.backbone.layers[0].attn.qkv.weight.clone()
     runner.train()
     scalars = [json.loads(line) for line in next((tmp_path / 'work').rglob('scalars.json')).read_text().splitlines()]
     assert len([line for line in scalars if line.get('loss', float('nan')) > 0]) == 2
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= {name for line in scalars for name in line}
     assert not torch.equal(runner.model.backbone.layers[0].attn.qkv.weight, before)
+
+
+def test_our_tool_trains_them_too(small, photographs, tmp_path, capsys):
+    small.default_hooks.checkpoint.interval = 2
+    set_data_root(small, photographs)
+    assert small.val_evaluator.ann_file == str(photographs / 'annotations/instances_train.json')
+    checkpoint, result, _ = run_common.train(small)
+    assert checkpoint == tmp_path / 'work/iter_2.pth' and re.match(r'bbox_mAP -?[\d.]+, segm_mAP', result)
+    said = capsys.readouterr().out
+    assert 'MaskRCNN of BEiTBackbone + BEiTSimplePyramid, ' in said and '2 training images, 2 validation images' in said
+    assert 'coco/bbox_mAP' in run_common.evaluate(small, checkpoint, tta=False)
+    (photographs / 'images/train/1.jpg').unlink()
+    with pytest.raises(DataError, match=r'1 of 2 images do not exist, such as .*1\.jpg'):
+        run_common.train(small)
+    (photographs / 'annotations/instances_train.json').write_text('{')
+    with pytest.raises(DataError, match='holds no annotations of a CocoDataset'):
+        run_common.train(small)

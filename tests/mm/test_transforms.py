@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from mmseg.datasets import BaseSegDataset
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
+from beit_plugin.mm import transforms
 from beit_plugin.mm.transforms import BEiTLoadAnnotations, BEiTLoadImageFromFile, DataFileError
 
 pytestmark = pytest.mark.usefixtures('mmseg_scope')
@@ -199,6 +201,21 @@ class TestOddFiles:
         monkeypatch.setattr(mmcv, 'imfrombytes', lambda *_, **__: np.zeros((40, 48, 3), np.uint8))
         with pytest.raises(DataFileError, match='truncated'):
             load(root, pipeline())
+
+    def test_all_are_gone(self, root, monkeypatch):
+        """The training ends with a sentence of its own, not with mmengine's after as many tries."""
+        monkeypatch.setattr(transforms, 'TRIES', 3)
+        load = BEiTLoadImageFromFile(on_error='skip')
+        there = dict(img_path=str(next((root / 'images').rglob('*.jpg'))))
+        for _ in range(2):  # an image that can be used begins the count anew
+            assert load(dict(img_path='gone.jpg')) is None and load(dict(img_path='gone.jpg')) is None
+            assert load(there) is not None
+        shutil.rmtree(load._left_out._folder)  # by a system that tidies up
+        assert load.left_out == {}
+        assert load(dict(img_path='gone.jpg')) is None and load(dict(img_path='gone.jpg')) is None
+        with pytest.raises(DataFileError, match='none of 3 images in a row can be used; of the last one, gone'):
+            load(dict(img_path='gone.jpg'))
+        assert list(load.left_out) == ['gone.jpg']
 
     def test_unknown_action(self):
         for kind in (BEiTLoadImageFromFile, BEiTLoadAnnotations):
