@@ -238,6 +238,7 @@ def test_segmentor_of_timm(tmp_path, monkeypatch, capsys, folder, more):
         (('--attention', '2:3'), 'the block has the heads 0 to 2'),
         (('--multi-scale',), 'is a classifier'),
         (('--labels', 'none.txt'), '--labels none.txt does not exist'),
+        (('--device', 'none'), '--device none: Expected one of cpu'),
         (('--labels', 'latin.txt'), '--labels latin.txt is not UTF-8'),
         (('--out', 'latin.txt'), r'--out latin.txt cannot be written to \(it is a file\): give another folder'),
         (('--out', '/proc/none'), '--out /proc/none cannot be written to'),

@@ -205,9 +205,14 @@ def draw_attention(predictor: Any, path: Path, image: Any, wanted: Any, results:
 
 def predict(args: argparse.Namespace, paths: Sequence[Path], results: Results) -> None:
     """Adds numbers and files, and why images failed."""
+    import torch
     from predict_models import MMSegPredictor, Predictor, TimmPredictor, read_image
     from tqdm import tqdm
 
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
+        raise DataError(f'--device {args.device}: {str(error).splitlines()[0].rstrip(".")}.') from error
     if args.config:
         run_common.require_mmseg()
         predictor: Predictor = MMSegPredictor(args.config, args.checkpoint, args.multi_scale, args.device)

@@ -11,7 +11,7 @@ _MISSING = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
 if _MISSING:
     raise ImportError(
         f'beit_plugin.mm needs {" and ".join(_MISSING)}, which the OpenMMLab extra brings: '
-        "pip install 'beit-plugin[mmseg]' (or 'beit-plugin[mmdet]' for detectors)",
+        "pip install '.[mmseg]' (or '.[mmdet]' for detectors) in the folder of beit_plugin",
         name=_MISSING[0],
     )
 
