@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run on a device and shall run unasked; whether a module may be computed otherwise."""
+"""Questions about the run: can Triton kernels run here, may a module be computed otherwise, may a tensor be cached."""
 
 import os
 from collections.abc import Iterator
@@ -10,16 +10,17 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    'can_cache_tensors',
     'is_exporting',
     'is_plain',
-    'may_keep',
     'needs_transforms',
+    'plain_tensors',
     'triton_by_default',
     'triton_is_interpreted',
     'triton_refusal',
-    'untraced',
 ]
 
 
@@ -56,22 +57,24 @@ def is_exporting() -> bool:
 
 
 @contextmanager
-def untraced() -> Iterator[None]:
-    """What is computed inside is a constant to ``torch.jit.trace``."""
-    state = torch._C._get_tracing_state()
-    if state is None:  # nor can it be set where a dispatch mode or another tracer is at work
-        yield
-        return
-    torch._C._set_tracing_state(None)  # pyright: ignore
-    try:
-        yield
-    finally:
-        torch._C._set_tracing_state(state)  # pyright: ignore
+def plain_tensors() -> Iterator[None]:
+    """Makes plain tensors inside, which any later call may use: constants to tracers, not changed by modes."""
+    # an inference tensor could not take part in a later training step
+    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+        state = torch._C._get_tracing_state()
+        if state is None:  # it cannot be set while a dispatch mode or another tracer is active
+            yield
+            return
+        torch._C._set_tracing_state(None)  # pyright: ignore
+        try:
+            yield
+        finally:
+            torch._C._set_tracing_state(state)  # pyright: ignore
 
 
-def may_keep() -> bool:
-    """Whether a tensor made now may serve the next call; one of a compiler or a dispatch mode may have no values."""
-    return not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+def can_cache_tensors() -> bool:
+    """False under a compiler, a dispatch mode or a transform: tensors made there may be wrapped or have no values."""
+    return not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or needs_transforms())
 
 
 def needs_transforms() -> bool:

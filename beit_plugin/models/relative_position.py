@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernel_support import may_keep, untraced
+from .kernel_support import can_cache_tensors, plain_tensors
 from .resample import NUM_CLS_ROWS, apply_resize, resize_matrices
 
 __all__ = [
@@ -32,8 +32,8 @@ __all__ = [
 ALIGNMENT = 8  # SDPA's CUDA kernels read a bias in place only when its rows start at multiples of 8 elements
 CACHED_TOKENS = 2048  # an index of this many tokens takes 32 MiB; larger ones are made anew each time
 CACHED_BYTES = 64 * 2**20  # largest bias that is kept for the next inference on the CPU: 12 heads at 512 pixels
-# beside the modules, so that it is neither copied nor pickled with them
-_BIAS_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor, Tensor]] = WeakKeyDictionary()
+# what the last bias of a module was made of, and that bias; apart from the modules, so not copied or pickled with them
+_BIAS_CACHE: WeakKeyDictionary[nn.Module, tuple[tuple, Tensor, Tensor]] = WeakKeyDictionary()
 
 
 class BiasGeometry(NamedTuple):
@@ -42,6 +42,7 @@ class BiasGeometry(NamedTuple):
     grid: tuple[int, int]  # h, w
     index: Tensor | None  # N, N (or N, N padded to a multiple of ALIGNMENT): row of the grid's table; None: not needed
     matrices: tuple[Tensor, Tensor] | None  # from the stored table's grid to this one; None when they are the same
+    resize: tuple[tuple[int, int], str]  # what the matrices are made by: the stored table's grid, and the rule
 
 
 def num_relative_distance(window_size: tuple[int, int]) -> int:
@@ -72,7 +73,7 @@ def relative_position_index(h: int, w: int, device: torch.device | None = None, 
 
 @lru_cache(maxsize=32)
 def _cached_index(h: int, w: int, device: torch.device, pad: int) -> Tensor:
-    with torch.inference_mode(False), untraced():
+    with plain_tensors():
         return relative_position_index(h, w, device, pad)
 
 
@@ -90,13 +91,13 @@ def bias_geometry(
     h, w = grid
     matrices = resize_matrices(window_size, grid, rule, device)
     if not with_index:
-        return BiasGeometry(grid, None, matrices)
+        return BiasGeometry(grid, None, matrices, (window_size, rule))
     num_tokens = 1 + h * w
     symbolic = isinstance(num_tokens, torch.SymInt)
     pad = 0 if symbolic or device.type != 'cuda' else -num_tokens % ALIGNMENT
-    cacheable = not symbolic and may_keep() and num_tokens <= CACHED_TOKENS
+    cacheable = not symbolic and can_cache_tensors() and num_tokens <= CACHED_TOKENS
     index = (_cached_index if cacheable else relative_position_index)(h, w, device, pad)
-    return BiasGeometry(grid, index, matrices)
+    return BiasGeometry(grid, index, matrices, (window_size, rule))
 
 
 def table_at(table: Tensor, geometry: BiasGeometry) -> Tensor:
@@ -134,20 +135,16 @@ def bias_of(owner: nn.Module, table: Tensor, geometry: BiasGeometry, dtype: torc
     identity and version do not tell, as they stay the same when a trainer swaps averaged weights through ``.data``.
     """
     index = geometry.index
-    fixed = not torch.is_grad_enabled() and not torch.jit.is_tracing() and may_keep() and table.is_cpu
-    if not fixed or index is None or table.shape[1] * index.numel() * table.element_size() > CACHED_BYTES:
+    fixed = not torch.is_grad_enabled() and not torch.jit.is_tracing() and can_cache_tensors()
+    plain = fixed and type(table) in (Tensor, nn.Parameter) and table.is_cpu  # subclasses may have no values
+    if not plain or index is None or table.shape[1] * index.numel() * table.element_size() > CACHED_BYTES:
         return gather_bias(table, geometry, dtype)
-    grid, known, bias = _BIAS_CACHE.get(owner, (None, None, None))
-    if (
-        bias is None
-        or known is None
-        or grid != geometry.grid
-        or known.dtype != table.dtype
-        or bias.dtype != (dtype or table.dtype)
-        or not known.equal(table)
-    ):
-        bias = gather_bias(table, geometry, dtype)
-        _BIAS_CACHE[owner] = geometry.grid, table.detach().clone(), bias
+    key = (geometry.grid, geometry.resize, table.dtype, dtype)
+    known_key, known_table, bias = _BIAS_CACHE.get(owner, (None, None, None))
+    if bias is None or known_table is None or known_key != key or not known_table.equal(table):
+        with plain_tensors():
+            known_table, bias = table.detach().clone(), gather_bias(table, geometry, dtype)
+        _BIAS_CACHE[owner] = key, known_table, bias
     return bias
 
 

@@ -23,9 +23,8 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-from .kernel_support import is_exporting, may_keep, untraced
+from .kernel_support import can_cache_tensors, is_exporting, plain_tensors
 
 __all__ = [
     'RESIZE_RULES',
@@ -136,7 +135,7 @@ def bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.devic
 
     The weights are computed in float32, or in float64 for a result in float64, as PyTorch does.
     """
-    return (_cached_bilinear if may_keep() else _bilinear_matrix)(old, new, align_corners, device, dtype)
+    return (_cached_bilinear if can_cache_tensors() else _bilinear_matrix)(old, new, align_corners, device, dtype)
 
 
 def _bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -146,14 +145,13 @@ def _bilinear_matrix(old: int, new: int, align_corners: bool, device: torch.devi
 
 @lru_cache(maxsize=256)
 def _cached_bilinear(old: int, new: int, align_corners: bool, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad(), untraced():
+    with plain_tensors():
         return _bilinear_matrix(old, new, align_corners, device, dtype)
 
 
 @lru_cache(maxsize=256)
 def _cached_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    # outside of inference mode, or the cached tensor could not take part in a later training step
-    with torch.inference_mode(False), torch.no_grad(), untraced(), _disable_current_modes():
+    with plain_tensors():
         return axis_matrix(old, new, rule, torch.device('cpu'), dtype).contiguous().to(device)
 
 
@@ -191,7 +189,7 @@ def resize_matrices(
     if traced_by_dynamo or symbolic:  # no operation of our own may stay in an exported program
         make = axis_matrix if exporting else _axis_matrix_op
     else:  # of an exported program for one size it is a constant: ONNX could not hold what it is made of
-        make = _cached_matrix if exporting or may_keep() else axis_matrix
+        make = _cached_matrix if exporting or can_cache_tensors() else axis_matrix
     return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)
 
 

@@ -170,7 +170,7 @@ def rows():
 def test_no_less_exact_than_sdpa(case, rows):
     assert case.tokens % 128 != 64, 'SDPA gives NaN there (pytorch issue 196678)'
     index = relative_position_index(*case.grid, device=DEVICE)
-    geometry = BiasGeometry(case.grid, index if case.prefix else index[1:, 1:], None)
+    geometry = BiasGeometry(case.grid, index if case.prefix else index[1:, 1:], None, (case.grid, 'geometric'))
     expected = reference(*inputs(case), geometry)
     ours = errors(fused(case), expected)
     theirs = errors(differentiate(partial(sdpa, geometry=geometry), *inputs(case)), expected)

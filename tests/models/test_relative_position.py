@@ -52,7 +52,7 @@ def naive_bias(table, h, w):
 @pytest.mark.parametrize('h, w', [(2, 3), (4, 2), (1, 5)])
 def test_gather_is_the_loops(h, w, pad):
     table = torch.randn(num_relative_distance((h, w)), 3)
-    geometry = BiasGeometry((h, w), relative_position_index(h, w, pad=pad), None)
+    geometry = BiasGeometry((h, w), relative_position_index(h, w, pad=pad), None, ((h, w), 'geometric'))
     assert torch.equal(gather_bias(table, geometry), naive_bias(table, h, w))
 
 
@@ -63,7 +63,7 @@ def test_gradient_is_summed_over_all_pairs_of_a_row(pad):
     table = torch.randn(num_relative_distance((h, w)), heads, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(heads, n, n, dtype=torch.float64)
     index = relative_position_index(h, w, pad=pad)
-    gather_bias(table, BiasGeometry((h, w), index, None)).backward(upstream)
+    gather_bias(table, BiasGeometry((h, w), index, None, ((h, w), 'geometric'))).backward(upstream)
     expected = torch.zeros_like(table)
     expected.index_add_(0, index[:, :n].flatten(), upstream.reshape(heads, -1).T)
     torch.testing.assert_close(table.grad, expected)
