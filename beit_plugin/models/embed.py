@@ -32,12 +32,31 @@ class BeitPatchEmbed(PatchEmbed):
 
     def _init_img_size(self, img_size: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int], int]:
         """Native size, its grid with the patches at the edges counted whole as ``forward`` does, and their number."""
-        height, width = height_and_width('img_size', img_size)
-        ph, pw = self.patch_size
-        if height < ph or width < pw:
-            raise ValueError(f'img_size must be at least one {ph}x{pw} patch, got {img_size}')
-        grid = (height + ph - 1) // ph, (width + pw - 1) // pw
-        return (height, width), grid, grid[0] * grid[1]
+        size, grid = _size_and_grid(img_size, self.patch_size)
+        return size, grid, grid[0] * grid[1]
+
+    def grid_at(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """The grid (h, w) that `set_input_size` with these arguments leads to.
+
+        Raises:
+            ValueError: other than one or two whole numbers above 0, or an image smaller than a patch.
+        """
+        patch_size = self.patch_size if patch_size is None else height_and_width('patch_size', patch_size)
+        return _size_and_grid(self.img_size if img_size is None else img_size, patch_size)[1]
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Changes native size and patch; resamples the kernel. After an error nothing has changed.
+
+        Raises:
+            ValueError: see `grid_at`.
+        """
+        self.grid_at(img_size, patch_size)  # timm checks the image only when the patch has changed
+        patch_size = None if patch_size is None else height_and_width('patch_size', patch_size)
+        super().set_input_size(img_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images to a map of patches.
@@ -87,6 +106,16 @@ class BeitPatchEmbed(PatchEmbed):
         pixels = x.to(attention_dtype(x)).reshape(B, channels, H // ph, ph, W // pw, pw)
         patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3)  # B, h, w, channels * ph * pw
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def _size_and_grid(
+    img_size: int | tuple[int, int], patch_size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    height, width = height_and_width('img_size', img_size)
+    ph, pw = patch_size
+    if height < ph or width < pw:
+        raise ValueError(f'img_size must be at least one {ph}x{pw} patch, got {img_size}')
+    return (height, width), ((height + ph - 1) // ph, (width + pw - 1) // pw)
 
 
 def check_mask(mask: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:

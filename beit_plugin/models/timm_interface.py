@@ -152,20 +152,27 @@ class TimmInterface(nn.Module):
     ) -> None:
         """Changes the native size for good: resizes the stored patch kernel, positions and bias tables.
 
-        Running at another size needs none of this, and loses nothing; this is for training on at a new size.
+        Running at another size needs none of this, and loses nothing; this is for training on at a new size. After an
+        error nothing has changed.
+
+        Raises:
+            ValueError: a size that is not one or two whole numbers above 0, or an image smaller than a patch.
         """
-        old = self.window_size
-        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
-        new = self.window_size
+        old, new = self.window_size, self.patch_embed.grid_at(img_size, patch_size)
+        resized: list[tuple[nn.Module, str, nn.Parameter]] = []
         if new != old:
             if self.pos_embed is not None:
-                resized = resize_abs_pos_embed(self.pos_embed, old, new)
-                self.pos_embed = nn.Parameter(resized.detach(), requires_grad=self.pos_embed.requires_grad)
+                positions = resize_abs_pos_embed(self.pos_embed.detach(), old, new)
+                resized.append((self, 'pos_embed', nn.Parameter(positions, self.pos_embed.requires_grad)))
             for owner in self.modules():
-                table = getattr(owner, 'relative_position_bias_table', None)
+                name = 'relative_position_bias_table'
+                table = getattr(owner, name, None)
                 if isinstance(table, nn.Parameter):
-                    resized = resize_rel_pos_bias_table(table.detach(), old, new, self.rel_pos_resize)
-                    owner.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
+                    rows = resize_rel_pos_bias_table(table.detach(), old, new, self.rel_pos_resize)
+                    resized.append((owner, name, nn.Parameter(rows, table.requires_grad)))
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        for owner, name, parameter in resized:
+            setattr(owner, name, parameter)
         self.feature_info = self._describe_features()
         if hasattr(self, '_traits'):  # timm >= 1.0.28 reads the current input size there
             self._traits = dict(self._traits, img_size=tuple(self.patch_embed.img_size))

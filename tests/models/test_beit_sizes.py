@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import TINY, images, randomize, relative_error, weighted_sum
+from torch import nn
 from torch.nn import functional as F
 
 from beit_plugin.models.beit import Beit
@@ -132,3 +133,35 @@ def test_set_input_size_with_another_patch_resizes_the_kernel():
     assert model.window_size == (6, 10) and model.patch_embed.proj.weight.shape == (16, 3, 8, 8)
     assert {info['reduction'] for info in model.feature_info} == {8}
     assert model.encode(images(48, 80)).grid == (6, 10)
+
+
+@pytest.mark.parametrize(
+    'changes, size, error',
+    [
+        ({}, dict(img_size=(8, 8)), 'at least one 16x16 patch'),
+        ({}, dict(img_size=0), 'img_size must be one or two whole numbers'),
+        ({}, dict(patch_size=0), 'patch_size must be one or two whole numbers'),
+        ({}, dict(patch_size=128), 'at least one 128x128 patch'),
+        ({}, dict(img_size=(10, 10), patch_size=32), 'at least one 32x32 patch'),
+        (dict(rel_pos_resize='cubic'), dict(img_size=128, patch_size=8), 'rel_pos_resize must be one of'),
+        ({'blocks.1.attn.relative_position_bias_table': 44}, dict(img_size=128, patch_size=8), 'a bias table of a'),
+        ({'patch_embed.proj': nn.Identity()}, dict(img_size=128, patch_size=8), 'in_channels'),
+    ],
+    ids=str,
+)
+def test_set_input_size_is_all_or_nothing(changes, size, error):
+    model = beit(use_abs_pos_emb=True)
+    for name, value in changes.items():
+        owner, _, attribute = name.rpartition('.')
+        value = nn.Parameter(torch.zeros(value, 2)) if isinstance(value, int) else value
+        setattr(model.get_submodule(owner), attribute, value)
+
+    def state():
+        embed = model.patch_embed
+        sizes = embed.img_size, embed.patch_size, embed.grid_size, embed.num_patches, model.window_size
+        return sizes, model.feature_info, {name: id(parameter) for name, parameter in model.named_parameters()}
+
+    before = state()
+    with pytest.raises((ValueError, AttributeError), match=error):
+        model.set_input_size(**size)
+    assert state() == before
