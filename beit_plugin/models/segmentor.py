@@ -36,6 +36,9 @@ class BeitSegmentor(nn.Module):
             trained on others; by default the checkpoint decides (segmentors of transformers count in another way).
     """
 
+    # read by `from_pretrained` of transformers 5: the stages are no weight, and a file without them is complete
+    _keys_to_ignore_on_load_missing = (r'(^|\.)_extra_state$',)
+
     def __init__(
         self,
         *,

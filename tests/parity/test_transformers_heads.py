@@ -10,13 +10,14 @@ from torch import nn
 
 from beit_plugin.models.pyramid import FeaturePyramid, tokens_to_map
 from beit_plugin.models.segmentation_loss import SegmentationLoss
-from beit_plugin.models.segmentor import BeitSegmentor
+from beit_plugin.models.segmentor import BeitSegmentor, build_segmentor
 from beit_plugin.models.upernet import FCNHead, UPerNetHead
 
 if importlib.util.find_spec('transformers') is None:
     pytest.skip("needs the extra: pip install 'beit-plugin[test]'", allow_module_level=True)
 
-from transformers import BeitConfig, BeitForSemanticSegmentation
+from safetensors.torch import load_file, save_file
+from transformers import BeitConfig, BeitForSemanticSegmentation, PreTrainedModel
 from transformers.loss.loss_utils import ForSemanticSegmentationLoss
 from transformers.models.beit.modeling_beit import BeitFCNHead, BeitFPNNeck, BeitUperHead
 
@@ -150,3 +151,31 @@ def test_segmentor(size, training):
     expected.loss.backward()
     for ours, part in ((pyramid, theirs.fpn), (decode, theirs.decode_head), (auxiliary, theirs.auxiliary_head)):
         assert_same_gradients(ours, part, rename)
+
+
+class Wrapped(PreTrainedModel):
+    config_class = BeitConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        sizes = dict(img_size=32, embed_dim=16, depth=4, num_heads=2, channels=8, auxiliary_channels=8)
+        self.segmentor = build_segmentor(**sizes, pool_scales=(1,))
+        self.post_init()
+
+
+@pytest.mark.parametrize('file', ['ours', 'without stages', 'one weight'])
+def test_from_pretrained_misses_weights_only(tmp_path, file):
+    model = Wrapped(config())
+    model.segmentor.backbone.stages = noted = (1, 1, 2, 4)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / 'model.safetensors'
+    state = load_file(path)
+    if file != 'ours':
+        del state['segmentor._extra_state']
+    if file == 'one weight':
+        state = dict([state.popitem()])
+    save_file(state, path, metadata={'format': 'pt'})
+    loaded, report = Wrapped.from_pretrained(tmp_path, output_loading_info=True)
+    weights = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    assert set(report['missing_keys']) == weights - state.keys() and not report['unexpected_keys']
+    assert loaded.segmentor.backbone.stages == (noted if file == 'ours' else (1, 2, 3, 4))  # else as it is built
