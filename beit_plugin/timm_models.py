@@ -6,6 +6,7 @@ timm keys a registering module by the last part of its name, so it must not be c
 import logging
 from typing import Any
 
+from timm.layers import use_fused_attn
 from timm.models import build_model_with_cfg, register_model, register_notrace_module
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
@@ -28,7 +29,18 @@ _logger = logging.getLogger(__name__)
 __all__: list[str] = []  # register_model appends the entry points
 
 register_stand_ins()  # timm reads checkpoint_path=, also mmengine's files, by itself
-for _leaf in (BeitPatchEmbed, Block, RelativePositionBias):  # timm's torch.fx features do not look into them
+
+
+class _NotEager(type):
+    def __instancecheck__(cls, module: object) -> bool:
+        return isinstance(module, Block) and getattr(module.attn, 'backend', None) != 'eager'
+
+
+class _OpaqueBlock(metaclass=_NotEager):
+    """Any block, unless it is `eager`: graphs of `torch.fx` then hold its attention weights as nodes."""
+
+
+for _leaf in (BeitPatchEmbed, _OpaqueBlock, RelativePositionBias):  # timm's torch.fx features do not look into them
     register_notrace_module(_leaf)
 
 
@@ -50,6 +62,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return {**fitted.state, **{own[name]: current[own[name]] for name in fresh}}
 
 
+def _defaults(size: str) -> dict[str, Any]:
+    """Arguments of a size; attention is `eager` where timm's `set_fused_attn(False)` asks for it."""
+    return VARIANTS[size] if use_fused_attn() else {**VARIANTS[size], 'attn_backend': 'eager'}
+
+
 def _create(
     variant: str,
     size: str,
@@ -58,7 +75,7 @@ def _create(
     kwargs: dict[str, Any],
     levels: Any = (0, 1, 2, 3),
 ) -> nn.Module:
-    args = {**VARIANTS[size], **model_args, **kwargs}
+    args = {**_defaults(size), **model_args, **kwargs}
     taps = args.pop('out_indices', None)
     if 'out_features' in args:
         taps = [stage - 1 for stage in resolve_stages(args['depth'], taps, args.pop('out_features'))]
@@ -117,7 +134,7 @@ def _create_pyramid(
 def _create_mim(
     variant: str, size: str, pretrained: bool, model_cls: type[nn.Module], kwargs: dict[str, Any]
 ) -> nn.Module:
-    args = {**VARIANTS[size], **kwargs}
+    args = {**_defaults(size), **kwargs}
 
     def build(num_classes: int, **model_kwargs: Any) -> nn.Module:
         model = model_cls(**{'vocab_size': num_classes, **model_kwargs})  # timm's word for the outputs of a model
@@ -140,7 +157,7 @@ def _create_segmentor(variant: str, size: str, pretrained: bool, kwargs: dict[st
         accept_any_dialect(model.backbone)
         return model
 
-    args = {**VARIANTS[size], 'img_size': 640, **kwargs}
+    args = {**_defaults(size), 'img_size': 640, **kwargs}
     return build_model_with_cfg(build, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **args)
 
 

@@ -10,9 +10,11 @@ import timm
 import torch
 from helpers import images, randomize, relative_error, weighted_sum
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import set_fused_attn
 from timm.models import get_notrace_functions, get_notrace_modules
 from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
+from timm.utils import AttentionExtract
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -285,6 +287,34 @@ def test_graph_features(form):
         assert relative_error(got['blocks.1'][0], torch.cat(expected[::-1], 1)) < 1e-6
     weighted_sum(features.train()(X)['head']).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize('method', ['fx', 'hook'])
+@pytest.mark.parametrize('form', [{}, dict(use_shared_rel_pos_bias=True), dict(dtype=torch.bfloat16)], ids=str)
+def test_attention_extract(method, form):
+    model, x = create(attn_backend='eager', **form), images(64, 48).to(form.get('dtype'))
+    got = AttentionExtract(model, method=method)(x)
+    assert [name.rpartition('.')[0] for name in got] == [f'blocks.{i}.attn' for i in range(4)]
+    assert all(map(torch.equal, got.values(), model.encode(x, output_attentions=True).attentions))
+
+
+def test_eager_attention_by_timms_flag():
+    assert create().blocks[0].attn.backend == 'auto'
+    set_fused_attn(False)
+    try:
+        assert create().blocks[0].attn.backend == 'eager'
+        assert create(attn_backend='sdpa').blocks[0].attn.backend == 'sdpa'
+    finally:
+        set_fused_attn(True)
+
+
+def test_graph_features_of_eager_blocks():
+    model, x = create(attn_backend='eager'), images(64, 33)
+    tracing = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
+    got = create_feature_extractor(model, ['blocks.1', 'head'], tracer_kwargs=tracing)(x)
+    assert torch.equal(got['head'], model(x))
+    patches, cls_token = model.forward_intermediates(x, [1], return_prefix_tokens=True, output_fmt='NLC')[1][0]
+    assert torch.equal(got['blocks.1'], torch.cat((cls_token, patches), 1))
 
 
 def test_pickles():

@@ -80,7 +80,7 @@ def attention_cases(s: Setting) -> Makers:
     their gradients into one. The second row does, as timm's ViT. Both are held to flash attention where there is one.
     timm's way gathers the table to (N*N, K) and transposes it.
     """
-    from beit_plugin.models.attention import attention, fused_refusal
+    from beit_plugin.models.attention import attention, eager_attention, fused_refusal
     from beit_plugin.models.relative_position import bias_geometry, gather_bias, num_relative_distance
 
     B, N, K, D = s.batch, s.tokens, s.heads, s.head_dim
@@ -138,7 +138,9 @@ def attention_cases(s: Setting) -> Makers:
 
         def ours(qkv: Tensor, table: Tensor) -> Tensor:
             q, k, v = parts(qkv)
-            return attention(q, k, v, gather_bias(table, geometry, s.dtype), backend=backend).transpose(1, 2)
+            bias = gather_bias(table, geometry, s.dtype)
+            out = eager_attention(q, k, v, bias)[0] if backend == 'eager' else attention(q, k, v, bias)
+            return out.transpose(1, 2)
 
         return with_table(ours)
 

@@ -6,7 +6,7 @@ Parameter names are those of unilm ``beit/modeling_finetune.py`` and timm: ``qkv
 Shapes: B batch, N tokens, C channels, K heads, D head dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Literal, get_args
 
@@ -40,7 +40,7 @@ def eager_attention(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout: Callable[[Tensor], Tensor] | None = None,
     head_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference: every step written out; in float64 it is what the other backends are measured against.
@@ -48,7 +48,7 @@ def eager_attention(
     Args:
         q, k, v: (B, K, N, D).
         bias: (K, N, N) added to the scaled scores.
-        dropout_p: probability with which an attention weight is dropped.
+        dropout: drops attention weights; a module shows them to its forward hooks.
         head_mask: (K,) factors of the attention weights, 0 switches a head off.
 
     Returns:
@@ -57,12 +57,18 @@ def eager_attention(
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # B, K, N, N
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
-    half = scores.dtype in HALF
-    weights = scores.softmax(-1, dtype=torch.float32 if half else None).to(q.dtype)
-    weights = F.dropout(weights, dropout_p)
+    weights = softmax(scores, q.dtype)
+    if dropout is not None:
+        weights = dropout(weights)
     if head_mask is not None:
         weights = weights * head_mask.to(weights.dtype)[:, None, None]
     return weights @ v, weights
+
+
+@torch.fx.wrap  # a node called "softmax", which timm's AttentionExtract looks for
+def softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Softmax of the last dimension, computed in float32 at least."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
 
 
 def attention(
@@ -71,9 +77,8 @@ def attention(
     v: Tensor,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
-    backend: str = 'auto',
 ) -> Tensor:
-    """Softmax(q k^T / sqrt(D) + bias) v by the backend asked for; all but ``eager`` is ``sdpa`` here.
+    """Softmax(q k^T / sqrt(D) + bias) v by PyTorch's SDPA.
 
     (The fused kernels read the table instead of a bias; see ``Attention``.) In inference PyTorch itself takes cuDNN
     first where that is fastest and sound, Hopper and Blackwell with cuDNN above 9.15. No order of ours is set: with
@@ -81,8 +86,6 @@ def attention(
 
     Arguments and shapes are those of ``eager_attention``; the result is (B, K, N, D).
     """
-    if backend == 'eager':
-        return eager_attention(q, k, v, bias, dropout_p)[0]
     # a bias of another dtype than the query's would be refused, or misread by cuDNN (pytorch issue 191612)
     mask = None if bias is None else bias.to(q.dtype)[None]  # 1, K, N, N
     careful = mask is not None and _cudnn_would_differentiate(q, mask)
@@ -279,15 +282,16 @@ class Attention(nn.Module):
             out = attend(qkv, bias, geometry.grid)  # B, N, K, D
             return self._project(out.flatten(2), windows), None
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each B, K, N, D
-        dropout_p = self.attn_drop.p if self.training else 0.0
         weights = None
-        if return_weights or head_mask is not None:
-            out, weights = eager_attention(q, k, v, bias, dropout_p, head_mask)
+        if return_weights or head_mask is not None or self.backend == 'eager':
+            out, weights = eager_attention(q, k, v, bias, self.attn_drop, head_mask)
         else:
-            out = attention(q, k, v, bias, dropout_p, self.backend)
+            out = attention(q, k, v, bias, self.attn_drop.p if self.training else 0.0)
         out = out.transpose(1, 2)  # B, N, K, D; copied in an export, whose attention may be decomposed to other strides
         out = (out.clone(memory_format=torch.contiguous_format) if is_exporting() else out).reshape(B, N, C)
-        if windows is not None and weights is not None:
+        if not return_weights:
+            weights = None
+        elif windows is not None:
             weights = weights.unflatten(0, (-1, windows.total()))  # B, windows, K, 1+wh*ww, 1+wh*ww
         return self._project(out, windows), weights
 

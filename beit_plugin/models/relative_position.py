@@ -105,6 +105,7 @@ def table_at(table: Tensor, geometry: BiasGeometry) -> Tensor:
     return table if geometry.matrices is None else apply_resize(table, geometry.matrices)
 
 
+@torch.fx.wrap
 def gather_bias(table: Tensor, geometry: BiasGeometry, dtype: torch.dtype | None = None) -> Tensor:
     """The bias of every pair of tokens, differentiable in the stored table.
 

@@ -17,7 +17,7 @@ from torch.jit._builtins import _register_builtin
 from .attention import Attention
 from .block import Block
 from .embed import BeitPatchEmbed
-from .relative_position import bias_geometry, relative_position_index
+from .relative_position import bias_geometry, gather_bias, relative_position_index
 from .resample import apply_positions, apply_resize, axis_matrix
 
 # what a class says of its attributes TorchScript takes for their types, and refines none of them: so it says nothing
@@ -110,7 +110,19 @@ def _geometry_op(
     return found.index[:, : 1 + h * w].clone(), to_y.clone(), to_x.clone()
 
 
+def _gather_bias(table: Tensor, geometry: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """``gather_bias``, which such a program calls for the blocks that it does not hold as they are."""
+    return _bias(table, *geometry).to(dtype or table.dtype)
+
+
+torch.library.define(
+    'beit_plugin::gather_bias',
+    '(Tensor table, (Tensor, Tensor, Tensor) geometry, ScalarType? dtype=None) -> Tensor',
+)
+torch.library.impl('beit_plugin::gather_bias', 'CompositeImplicitAutograd', _gather_bias)
+
 _register_builtin(bias_geometry, 'beit_plugin::bias_geometry')
+_register_builtin(gather_bias, 'beit_plugin::gather_bias')
 
 
 class ScriptedPatchEmbed(nn.Module):

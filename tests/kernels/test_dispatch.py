@@ -249,7 +249,7 @@ def test_gradients_of_a_frozen_bias_go_past_cudnn(fake_gpu):
         attention(*qkv, bias)
     attention(*(t.detach() for t in qkv), bias)
     attention(*qkv)
-    attention(*qkv, bias, backend='eager')
+    eager_attention(*qkv, bias)
     attention(*qkv, inputs_on_gpu(learns=True)[1])
     with sdpa_kernel(SDPBackend.MATH):  # whoever has chosen is not overruled
         attention(*qkv, bias)

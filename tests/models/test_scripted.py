@@ -100,13 +100,14 @@ def test_as_part_of_a_larger_model():
     assert relative_error(torch.jit.script(model)(images(48, 80)), expected) < 1e-5
 
 
-def test_programs_of_graphs():
-    """Of torch.fx, which hold patches and blocks as they are, as timm's own tests ask for."""
+@pytest.mark.parametrize('backend', ['auto', 'eager'])
+def test_programs_of_graphs(backend):
+    """Of torch.fx, which hold patches and (unless they are eager) blocks as they are, as timm's own tests ask for."""
     pytest.importorskip('torchvision')
     from timm.models import get_notrace_functions, get_notrace_modules
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    model = randomize(Beit(**SMALL)).eval()
+    model = randomize(Beit(**SMALL, attn_backend=backend)).eval()
     tracing = dict(leaf_modules=get_notrace_modules(), autowrap_functions=get_notrace_functions())
     graph = create_feature_extractor(model, ['head'], tracer_kwargs=tracing)
     program = torch.jit.script(graph)
