@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .kernel_support import is_exporting, needs_transforms, triton_by_default, triton_is_interpreted, triton_refusal
+from .kernel_support import (
+    is_exporting,
+    needs_forward_derivative,
+    needs_transforms,
+    triton_by_default,
+    triton_is_interpreted,
+    triton_refusal,
+)
 from .relative_position import BiasGeometry, bias_of, num_relative_distance, table_at
 from .windows import Windows
 
@@ -88,8 +95,12 @@ def attention(
     """
     # a bias of another dtype than the query's would be refused, or misread by cuDNN (pytorch issue 191612)
     mask = None if bias is None else bias.to(q.dtype)[None]  # 1, K, N, N
-    careful = mask is not None and _cudnn_would_differentiate(q, mask)
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if careful else nullcontext():
+    backends: list[SDPBackend] = []
+    if needs_forward_derivative():  # only the unfused form has one
+        backends = [SDPBackend.MATH]
+    elif mask is not None and _cudnn_would_differentiate(q, mask):
+        backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends) if backends else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     'can_cache_tensors',
     'is_exporting',
     'is_plain',
+    'needs_forward_derivative',
     'needs_transforms',
     'plain_tensors',
     'triton_by_default',
@@ -79,7 +80,12 @@ def can_cache_tensors() -> bool:
 
 def needs_transforms() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is at work; the kernels have no rules."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or needs_forward_derivative()
+
+
+def needs_forward_derivative() -> bool:
+    """Whether forward-mode differentiation is at work."""
+    return forward_ad._current_level >= 0
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
