@@ -14,7 +14,6 @@ from timm.layers import set_fused_attn
 from timm.models import get_notrace_functions, get_notrace_modules
 from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
-from timm.utils import AttentionExtract
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -287,15 +286,6 @@ def test_graph_features(form):
         assert relative_error(got['blocks.1'][0], torch.cat(expected[::-1], 1)) < 1e-6
     weighted_sum(features.train()(X)['head']).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize('method', ['fx', 'hook'])
-@pytest.mark.parametrize('form', [{}, dict(use_shared_rel_pos_bias=True), dict(dtype=torch.bfloat16)], ids=str)
-def test_attention_extract(method, form):
-    model, x = create(attn_backend='eager', **form), images(64, 48).to(form.get('dtype'))
-    got = AttentionExtract(model, method=method)(x)
-    assert [name.rpartition('.')[0] for name in got] == [f'blocks.{i}.attn' for i in range(4)]
-    assert all(map(torch.equal, got.values(), model.encode(x, output_attentions=True).attentions))
 
 
 def test_eager_attention_by_timms_flag():

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from helpers import SIZES, gradients, images, randomize, relative_error, weighted_sum
+from timm.layers import set_fused_attn
 from timm.models.beit import Beit as TimmBeit
+from timm.utils import AttentionExtract
 
+import beit_plugin  # noqa: F401  tells torch.fx what not to look into
 from beit_plugin.checkpoints.convert import detect, from_native, to_native
 from beit_plugin.models.beit import Beit
 
@@ -25,8 +28,9 @@ FORMS = {
 
 def pair(form, **options):
     arguments = {**SIZES, 'num_classes': 11, **FORMS[form], **options}
+    backend = arguments.pop('attn_backend', 'auto')
     theirs = randomize(TimmBeit(**arguments)).eval()
-    ours = Beit(**{'init_values': None, **arguments}).eval()
+    ours = Beit(**{'init_values': None, **arguments}, attn_backend=backend).eval()
     found = detect(theirs.state_dict())
     native, rest = to_native(theirs.state_dict())
     assert (found.prefix, rest) == ('', {})
@@ -125,3 +129,21 @@ def test_mask_token_has_no_counterpart_in_timm():
     ours = Beit(**SIZES, use_mask_token=True)
     extra = ours.state_dict().keys() - TimmBeit(**SIZES, **RELATIVE, init_values=0.1).state_dict().keys()
     assert extra == {'mask_token'}
+
+
+@pytest.mark.parametrize('method', ['fx', 'hook'])
+@pytest.mark.parametrize('form', ['v1', 'both tables', 'positions'])
+def test_attention_extract(form, method):
+    set_fused_attn(False)  # timm's Beit has the weights then only
+    try:
+        ours, theirs = pair(form, attn_backend='eager')
+    finally:
+        set_fused_attn(True)
+    x = images(64, 96)
+    got, expected = (AttentionExtract(model, method=method)(x) for model in (ours, theirs))
+    assert list(got) == list(expected) and len(got) == 3
+    assert max(map(relative_error, got.values(), expected.values())) <= 1e-5
+    assert all(map(torch.equal, got.values(), ours.encode(x, output_attentions=True).attentions))
+    half = ours.bfloat16()
+    got = AttentionExtract(half, method=method)(x.bfloat16())
+    assert all(map(torch.equal, got.values(), half.encode(x.bfloat16(), output_attentions=True).attentions))
