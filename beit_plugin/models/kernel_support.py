@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     'can_cache_tensors',
     'is_exporting',
+    'is_open',
     'is_plain',
     'needs_forward_derivative',
     'needs_transforms',
@@ -55,6 +56,11 @@ def is_exporting() -> bool:
         return torch.compiler._is_exporting_flag
     # torch 2.6 has neither; there a strict export looks like torch.compile
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def is_open(*sizes: int) -> bool:
+    """Whether ``torch.export`` leaves one of the sizes to the run of its program, which has one form for all."""
+    return is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
 
 
 @contextmanager

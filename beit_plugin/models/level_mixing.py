@@ -9,16 +9,17 @@ Legend: B batch, C channels of a map, O channels of the result, h w its pixels, 
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import attention_dtype
-from .kernel_support import is_exporting, is_plain
+from .kernel_support import is_exporting, is_open, is_plain
 from .resample import bilinear_matrix
 
-__all__ = ['add_enlarged', 'conv_of_levels']
+__all__ = ['add_enlarged', 'average_pool', 'conv_of_levels']
 
 HALF = (torch.float16, torch.bfloat16)
 SMALL = 0.5  # of the finest map's pixels: what has more is enlarged
@@ -74,6 +75,27 @@ def add_enlarged(fine: Tensor, coarse: Tensor, align_corners: bool) -> Tensor:
     return _add_rows(fine, to_y, wide.view(B, h, W * C))
 
 
+def average_pool(pool: nn.AdaptiveAvgPool2d, x: Tensor) -> Tensor:
+    """A map (B, C, h, w) pooled to (B, C, s, s); where h and w are open in an export, by products with matrices.
+
+    The layer itself would guard on whether s divides h, and ONNX has it for s = 1 only.
+    """
+    if not is_open(*x.shape[2:]):
+        return pool(x)
+    size = cast(int, pool.output_size)
+    to_y, to_x = (_average_matrix(old, size, x) for old in x.shape[2:])
+    return (to_y @ (x.to(to_x.dtype) @ to_x.t())).to(x.dtype)
+
+
+def _average_matrix(old: int, new: int, like: Tensor) -> Tensor:
+    """What adaptive average pooling does along one axis, as a linear map (new, old), in float32 or wider."""
+    start = torch.arange(new, device=like.device) * old // new
+    end = (torch.arange(1, new + 1, device=like.device) * old + (new - 1)) // new
+    place = torch.arange(old, device=like.device)
+    inside = (place >= start[:, None]) & (place < end[:, None])  # new, old
+    return inside.to(torch.promote_types(like.dtype, torch.float32)) / (end - start)[:, None]
+
+
 def _can_mix(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether mixing first is the same, and faster.
 
@@ -91,7 +113,7 @@ def _can_mix(conv: nn.Conv2d, x: Tensor) -> bool:
 def _enlarged(levels: Sequence[Tensor], like: Tensor, align_corners: bool) -> Tensor:
     size = tuple(like.shape[-2:])
     resized = (
-        x if tuple(x.shape[-2:]) == size else F.interpolate(x, size, mode='bilinear', align_corners=align_corners)
+        x if x is like or (not is_open(*size) and tuple(x.shape[-2:]) == size) else F.interpolate(x, size, mode='bilinear', align_corners=align_corners)
         for x in levels
     )
     return torch.cat(list(resized), dim=1)

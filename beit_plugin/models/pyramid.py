@@ -7,14 +7,14 @@ the patch. Legend: B batch, C channels, H W pixels, h w grid.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .kernel_support import is_exporting
+from .kernel_support import is_open
 
 # rescale -> (child name, numerator, denominator); the names are mmsegmentation's
 _LEVELS = {
@@ -49,12 +49,24 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:
-    """Keep the top left `height` x `width` of a map, or as much of it as there is."""
-    if is_exporting():
-        # a slice of symbolic size guards on whether anything was cut, which would pin an exported graph to one case
-        extra = (torch.sym_max(x.shape[-1] - width, 0), torch.sym_max(x.shape[-2] - height, 0))
-        return F.pad(x, (0, -extra[0], 0, -extra[1]))  # pyright: ignore[reportArgumentType]
+    """Keep the top left `height` x `width` of a map."""
+    if is_open(height, width):
+        # a slice would guard on whether anything was cut, and pin an exported graph to one case
+        rows, columns = (torch.arange(size, device=x.device) for size in (height, width))
+        return x.index_select(2, rows).index_select(3, columns)
     return x[..., :height, :width]
+
+
+def _max_pool(x: Tensor, size: int) -> Tensor:
+    """Pool windows of `size` x `size` pixels; what is smaller than one is pooled as it is."""
+    if not is_open(*x.shape[2:]):
+        # images of a single row or column of patches: pool what there is instead of failing
+        return F.max_pool2d(x, (min(size, x.shape[2]), min(size, x.shape[3])))
+    for dim in (2, 3):  # max_pool2d would pin the exported graph to the remainder of the example
+        length = x.shape[dim]
+        start = size * torch.arange(torch.sym_max(length // size, 1), device=x.device)
+        x = reduce(torch.maximum, (x.index_select(dim, (start + i).clamp(max=length - 1)) for i in range(size)))
+    return x
 
 
 class FeaturePyramid(nn.Module):
@@ -137,17 +149,15 @@ class FeaturePyramid(nn.Module):
         levels = []
         for rescale, x in zip(self.rescales, maps, strict=True):
             name, factor, divisor = _LEVELS[rescale]
-            free_size = isinstance(x.shape[2], torch.SymInt) or isinstance(x.shape[3], torch.SymInt)  # exporting
-            if divisor > 1 and not free_size and min(x.shape[2:]) < divisor:
-                # images of a single row or column of patches: pool what there is instead of failing
-                x = F.max_pool2d(x, (min(divisor, x.shape[2]), min(divisor, x.shape[3])))
+            if divisor > 1 and (is_open(*x.shape[2:]) or min(x.shape[2:]) < divisor):
+                x = _max_pool(x, divisor)
             else:
-                if divisor > 1 and free_size:
-                    # what pooling leaves out anyhow; torch 2.11 would pin the exported graph to the example's remainder
-                    x = _crop(x, x.shape[2] // divisor * divisor, x.shape[3] // divisor * divisor)
                 x = getattr(self, name)(x)
             # at and below the grid's own stride ceil(size / stride) is never less than what pooling leaves
             if image_size is not None and factor > 1:
-                x = _crop(x, -(-image_size[0] * factor // patch_h), -(-image_size[1] * factor // patch_w))
+                # rounded up without a negative number, whose division ONNX rounds the other way
+                height = (image_size[0] * factor + patch_h - 1) // patch_h
+                width = (image_size[1] * factor + patch_w - 1) // patch_w
+                x = _crop(x, height, width)
             levels.append(x)
         return tuple(levels)

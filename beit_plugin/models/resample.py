@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel_support import can_cache_tensors, is_exporting, plain_tensors
+from .kernel_support import can_cache_tensors, is_exporting, is_open, plain_tensors
 
 __all__ = [
     'RESIZE_RULES',
@@ -37,6 +37,8 @@ __all__ = [
 
 ResizeRule = Literal['geometric', 'linear', 'bilinear']
 RESIZE_RULES: tuple[str, ...] = get_args(ResizeRule)
+RATIOS = (1.01, 1.5)  # the search interval of the official code
+HALVINGS = 19  # until the interval is below 1e-6, the official tolerance
 NUM_CLS_ROWS = 3  # the last rows of a table: [CLS] to token, token to [CLS], [CLS] to [CLS]
 
 
@@ -47,15 +49,30 @@ def _geometric_offsets(old: int, new: int, device: torch.device, dtype: torch.dt
         (2 * old - 1,), increasing and symmetric around 0; the outermost one stands near ``new - 1``.
     """
     exponents = torch.arange(old - 1, device=device, dtype=dtype)  # old-1
-    low = torch.full((), 1.01, device=device, dtype=dtype)  # the search interval of the official code
-    high = torch.full((), 1.5, device=device, dtype=dtype)
-    for _ in range(19):  # halvings until the interval is below 1e-6, the official tolerance
+    ratio = (_open_ratio if isinstance(new, torch.SymInt) else _ratio)(exponents, new)
+    positive = torch.cumsum(ratio**exponents, 0) if old > 1 else exponents  # old-1
+    return torch.cat((-positive.flip(0), positive.new_zeros(1), positive))  # 2*old-1
+
+
+def _ratio(exponents: Tensor, new: int) -> Tensor:
+    """Ratio of the series whose sum is nearest to ``new - 1``, by the bisection of the official code."""
+    low, high = exponents.new_full((), RATIOS[0]), exponents.new_full((), RATIOS[1])
+    for _ in range(HALVINGS):
         ratio = (low + high) / 2
         too_far = (ratio**exponents).sum() > new - 1
         low, high = torch.where(too_far, low, ratio), torch.where(too_far, ratio, high)
-    # the official loop ends with the ratio it tried last, not with the middle of the final interval
-    positive = torch.cumsum(ratio**exponents, 0) if old > 1 else exponents  # old-1
-    return torch.cat((-positive.flip(0), positive.new_zeros(1), positive))  # 2*old-1
+    return ratio  # the one that was tried last, not the middle of the final interval
+
+
+def _open_ratio(exponents: Tensor, new: torch.SymInt) -> Tensor:
+    """``_ratio`` for exported programs, where 19 halvings would be most of the graph: many ratios are tried at once."""
+    low, step = RATIOS[0], RATIOS[1] - RATIOS[0]
+    below = exponents.new_zeros(())
+    for halvings in (HALVINGS - HALVINGS // 2, HALVINGS // 2):
+        low, step = low + step * below, step / 2**halvings
+        ratios = low + step * torch.arange(1, 2**halvings, device=exponents.device, dtype=exponents.dtype)
+        below = ((ratios[:, None] ** exponents).sum(1) <= new - 1).to(exponents.dtype).sum()
+    return low + step * (below + 1 - below % 2)  # of the two ends of the interval, the one that was tried last
 
 
 def _spline_basis(x: Tensor, knots: Tensor, degree: int) -> Tensor:
@@ -75,6 +92,16 @@ def _spline_basis(x: Tensor, knots: Tensor, degree: int) -> Tensor:
     return basis
 
 
+def _inverse(matrix: Tensor) -> Tensor:
+    """Inverse of a spline basis (n, n) at its own points, by Newton's iteration: ONNX has no solver."""
+    double_eye = 2 * torch.eye(matrix.shape[0], device=matrix.device, dtype=matrix.dtype)
+    inverse = double_eye / (2 * matrix.diagonal())
+    # leaves I - matrix @ inverse with a spectral radius of at most 0.82 at ratios from 1.01 to 1.5; each step squares it
+    for _ in range(9):
+        inverse = inverse @ (double_eye - matrix @ inverse)
+    return inverse
+
+
 def _interpolation_matrix(points: Tensor, x: Tensor, degree: int) -> Tensor:
     """Values at ``points`` to values at ``x`` by an interpolating spline (not-a-knot ends, as FITPACK with s=0).
 
@@ -91,8 +118,10 @@ def _interpolation_matrix(points: Tensor, x: Tensor, degree: int) -> Tensor:
     inner = points[ends : n - ends] if degree % 2 else points[:0]  # degree 2 only happens with three points
     knots = torch.cat((points[:1].expand(degree + 1), inner, points[-1:].expand(degree + 1)))
     x = torch.minimum(torch.maximum(x, points[0]), points[-1])
-    at_points = _spline_basis(points, knots, degree)  # n, n
-    at_x = _spline_basis(x, knots, degree)  # len(x), n
+    basis = _spline_basis(torch.cat((points, x)), knots, degree)  # n+len(x), n
+    at_points, at_x = basis[:n], basis[n:]
+    if is_open(x.shape[0]):
+        return at_x @ _inverse(at_points)
     # solve_ex does not wait for the device to report a singular matrix; a spline basis at its own points is regular
     return torch.linalg.solve_ex(at_points, at_x, left=False)[0]
 
@@ -166,6 +195,12 @@ def _(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -
     return torch.empty(_matrix_shape(old, new, rule), device=device, dtype=dtype)
 
 
+def _axis_in_graph(old: int, new: int, rule: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    # an axis whose size is known is a constant, as in a program for one size
+    make = axis_matrix if torch.compiler.is_dynamo_compiling() or isinstance(new, torch.SymInt) else _cached_matrix
+    return make(old, new, rule, device, dtype)
+
+
 def resize_matrices(
     old: tuple[int, int], new: tuple[int, int], rule: str, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
@@ -187,7 +222,7 @@ def resize_matrices(
     if not symbolic and tuple(old) == tuple(new):
         return None
     if traced_by_dynamo or symbolic:  # no operation of our own may stay in an exported program
-        make = axis_matrix if exporting else _axis_matrix_op
+        make = _axis_in_graph if exporting else _axis_matrix_op
     else:  # of an exported program for one size it is a constant: ONNX could not hold what it is made of
         make = _cached_matrix if exporting or can_cache_tensors() else axis_matrix
     return make(old[0], new[0], rule, device, dtype), make(old[1], new[1], rule, device, dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .level_mixing import add_enlarged, conv_of_levels
+from .level_mixing import add_enlarged, average_pool, conv_of_levels
 
 _inplace_relu = partial(nn.ReLU, inplace=True)
 
@@ -133,7 +133,7 @@ class UPerNetLayers(nn.Module):
                 'give it one map per level, finest first, or build it with these in_channels'
             )
         top = maps[-1]
-        pooled = [pool(top) for pool in self.psp_modules]
+        pooled = [block(average_pool(pool, top)) for pool, block in self.psp_modules]
         x = self.bottleneck([top, *pooled], self.align_corners)  # B, channels, h_n, w_n
         levels = [x]
         for lateral, fpn, finer in zip(

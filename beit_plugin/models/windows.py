@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernel_support import is_exporting
+from .kernel_support import is_open
 
 __all__ = ['Windows', 'cut_windows', 'resolve_global_blocks', 'resolve_window']
 
@@ -67,15 +67,10 @@ class Windows(NamedTuple):
         return torch.cat((x[:, :, 0].mean(1, keepdim=True), patches.flatten(1, 2)), dim=1)
 
 
-def _is_open(*sizes: int) -> bool:
-    """Whether ``torch.export`` leaves one of the sizes to the run of its program, which has one form for all."""
-    return is_exporting() and any(isinstance(size, torch.SymInt) for size in sizes)
-
-
 def _repeat_last(x: Tensor, dim: int, count: int, size: int) -> Tensor:
     """Lengthens a dimension to ``count`` windows, of which the last one ends where the dimension ended."""
     length, before = x.shape[dim], (count - 1) * size
-    if _is_open(length):  # cutting it in two would make a program for each case: nothing left over, one row, more
+    if is_open(length):  # cutting it in two would make a program for each case: nothing left over, one row, more
         place = torch.arange(count * size, device=x.device)
         return x.index_select(dim, torch.where(place < before, place, place - (count * size - length)))
     if length == count * size:
@@ -87,7 +82,7 @@ def _drop_repeated(x: Tensor, dim: int, length: int, size: int) -> Tensor:
     """The inverse of ``_repeat_last``: back to ``length``."""
     extended = x.shape[dim]
     before = extended - size
-    if _is_open(length):
+    if is_open(length):
         place = torch.arange(length, device=x.device)
         return x.index_select(dim, torch.where(place < before, place, place + (extended - length)))
     if length == extended:
@@ -103,7 +98,7 @@ def cut_windows(grid: tuple[int, int], size: tuple[int, int] | None) -> Windows 
     """
     if size is None:
         return None
-    if _is_open(*grid):
+    if is_open(*grid):
         return Windows(grid, size)
     size = min(size[0], grid[0]), min(size[1], grid[1])
     return None if size == tuple(grid) else Windows(grid, size)
