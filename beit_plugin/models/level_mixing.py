@@ -112,10 +112,11 @@ def _can_mix(conv: nn.Conv2d, x: Tensor) -> bool:
 
 def _enlarged(levels: Sequence[Tensor], like: Tensor, align_corners: bool) -> Tensor:
     size = tuple(like.shape[-2:])
-    resized = (
-        x if x is like or (not is_open(*size) and tuple(x.shape[-2:]) == size) else F.interpolate(x, size, mode='bilinear', align_corners=align_corners)
-        for x in levels
-    )
+
+    def fits(x: Tensor) -> bool:  # comparing an open size would pin an exported graph to the answer
+        return x is like or (not is_open(*size) and tuple(x.shape[-2:]) == size)
+
+    resized = (x if fits(x) else F.interpolate(x, size, mode='bilinear', align_corners=align_corners) for x in levels)
     return torch.cat(list(resized), dim=1)
 
 

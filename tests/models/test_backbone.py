@@ -209,13 +209,3 @@ def test_no_stage_at_all_is_refused(options):
 def test_unknown_argument():
     with pytest.raises(TypeError, match="unexpected keyword argument 'add_fpm'"):
         backbone(add_fpm=True)
-
-
-def test_exports_with_a_pyramid_and_dynamic_size():
-    model = backbone(add_fpn=True)
-    dynamic = {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)}  # the pooled level bounds the sizes by itself
-    program = torch.export.export(model, (images(70, 90),), dynamic_shapes=(dynamic,)).module()
-    for batch, *size in [(2, 70, 90), (1, 64, 96), (3, 50, 200), (1, 49, 49)]:  # the last: four patches, the least
-        x = images(*size, batch=batch)
-        for got, expected in zip(program(x), model(x), strict=True):
-            assert relative_error(got, expected) < 1e-5, size

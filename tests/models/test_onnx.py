@@ -1,12 +1,13 @@
-"""Traces and files of ONNX: right at the size they were made for, and refused at another."""
+"""Traces and files of ONNX: right at the size they were made for, and refused at another; or made for all sizes."""
 
 import importlib.util
 
 import pytest
 import torch
-from helpers import images, randomize, relative_error
+from helpers import TINY, images, randomize, relative_error
 
 from beit_plugin import Beit
+from beit_plugin.models.segmentor import build_segmentor
 
 NEEDS_ONNX = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxruntime', 'onnxscript')),
@@ -24,10 +25,14 @@ def model(**options):
     return randomize(Beit(num_classes=10, embed_dim=128, depth=2, num_heads=2, **options)).eval()
 
 
-def run(file, x):
+def session_of(file):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    return onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+
+
+def run(file, x):
+    session = session_of(file) if isinstance(file, str) else file
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
@@ -75,3 +80,24 @@ def test_the_exporter_by_torch_export(native, size, tmp_path):
     file = str(tmp_path / 'model.onnx')
     torch.onnx.export(net, (x,), file, dynamo=True, verbose=False)
     assert relative_error(run(file, x), net(x)) <= 1e-5
+
+
+FREE_SIZES = {
+    'classifier': lambda: Beit(**{**TINY, 'depth': 2}, num_classes=7, use_abs_pos_emb=True),
+    'segmentor': lambda: build_segmentor(num_classes=5, channels=8, auxiliary_channels=8, **TINY),
+}
+
+
+@NEEDS_ONNX
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FREE_SIZES)
+@torch.no_grad()
+def test_free_batch_height_and_width(name, tmp_path):
+    net, file = randomize(FREE_SIZES[name]()).eval(), str(tmp_path / 'model.onnx')
+    free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+    torch.onnx.export(net, (images(100, 150),), file, dynamo=True, dynamic_shapes=(free,), verbose=False)
+    session = session_of(file)
+    multiples = [(16 * side, 16 * side) for side in range(1, 17)]
+    for size in [*multiples, (64, 16), (17, 211), (101, 50), (384, 64), (131, 199)]:
+        x = images(*size, batch=1 + size[0] % 3)
+        assert relative_error(run(session, x), net(x)) <= 1e-5, size

@@ -78,16 +78,6 @@ def test_parts_are_given_by_name():
         BeitSegmentor(Patches(16))
 
 
-def test_export_with_dynamic_size():
-    model = segmentor().eval()
-    dynamic = {i: torch.export.Dim.DYNAMIC for i in (0, 2, 3)}
-    example = (torch.randn(2, 3, 70, 90),)
-    program = torch.export.export(model, example, dynamic_shapes=(dynamic,)).module()
-    for shape in [(2, 3, 70, 90), (3, 3, 64, 128)]:
-        image = torch.randn(shape)
-        torch.testing.assert_close(program(image), model(image))
-
-
 def test_training_step_compiles_without_a_graph_break():
     model = segmentor().train()
     image, labels = torch.randn(2, 3, 64, 80), torch.randint(5, (2, 64, 80))
