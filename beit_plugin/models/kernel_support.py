@@ -66,8 +66,9 @@ def is_open(*sizes: int) -> bool:
 @contextmanager
 def plain_tensors() -> Iterator[None]:
     """Makes plain tensors inside, which any later call may use: constants to tracers, not changed by modes."""
-    # an inference tensor could not take part in a later training step
-    with torch.inference_mode(False), torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+    # no torch function first: an export would record what no_grad sets, and ONNX cannot take that.
+    # no inference mode: its tensors could not take part in a later training step.
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
         state = torch._C._get_tracing_state()
         if state is None:  # it cannot be set while a dispatch mode or another tracer is active
             yield

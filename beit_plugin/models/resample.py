@@ -143,8 +143,9 @@ def axis_matrix(old: int, new: int, rule: str, device: torch.device, dtype: torc
     rows, columns = _matrix_shape(old, new, rule)
     places = torch.arange(rows, device=device, dtype=dtype)
     if rule == 'positions':
-        basis = torch.eye(old, device=device, dtype=dtype)[None, None]  # an image whose columns are unit vectors
-        matrix = F.interpolate(basis, size=(new, old), mode='bicubic', antialias=True)[0, 0]
+        # an image whose columns are unit vectors; in float32 where ONNX Runtime may resize it
+        basis = torch.eye(old, device=device, dtype=torch.float32 if isinstance(new, torch.SymInt) else dtype)
+        matrix = F.interpolate(basis[None, None], size=(new, old), mode='bicubic', antialias=True)[0, 0].to(dtype)
     elif rule == 'bilinear':
         old_points = torch.arange(columns, device=device, dtype=dtype)
         x = (places + 0.5) * (columns / rows) - 0.5  # pixel centres, align_corners=False

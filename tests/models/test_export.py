@@ -14,7 +14,6 @@ SMALL_PATCHES = dict(img_size=(24, 40), patch_size=8)
 # patch; fewest patches a side: with one fewer a map of the model has one row, a case that PyTorch keeps apart
 MODELS = {
     'classifier': (lambda: Beit(**TINY, num_classes=7), 16, 2),
-    'pyramid': (lambda: BeitBackbone(**TINY, add_fpn=True), 16, 4),
     'pyramid of small patches': (lambda: BeitBackbone(**{**TINY, **SMALL_PATCHES}, add_fpn=True), 8, 8),
     'segmentor': (lambda: build_segmentor(num_classes=5, channels=8, auxiliary_channels=8, **TINY), 16, 4),
 }
