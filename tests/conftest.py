@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float32
 torch.set_num_threads(1)  # the models are tiny: threads wait for each other longer than they work
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
 def pytest_configure(config):
+    # tests and tools import each other by bare names
+    ours = {'beit_plugin', 'tests', *(path.stem for part in ('tests', 'tools') for path in (ROOT / part).rglob('*.py'))}
+    config.addinivalue_line('filterwarnings', rf'error:::({"|".join(sorted(ours))})(\.|$)')
     if not hasattr(config, 'workerinput') and importlib.util.find_spec('yapf'):
         import yapf  # noqa: F401  of mmengine: writes a file at its first import, which two processes must not do at once
 

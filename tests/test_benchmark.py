@@ -124,7 +124,6 @@ def test_all_operators_agree():
         assert relative_error(*found) < 1e-5, ours[0]
 
 
-@pytest.mark.filterwarnings('ignore:The shape of value will convert:UserWarning')  # mmsegmentation's SegTTAModel
 @pytest.mark.parametrize('augmented', [False, True])
 def test_evaluations_agree(augmented):
     pytest.importorskip('mmengine', reason="needs the extra: 'beit-plugin[mmseg]'")

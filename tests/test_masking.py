@@ -279,7 +279,6 @@ class Collate:
         return self.masking(len(items), torch.default_generator)
 
 
-@pytest.mark.filterwarnings('ignore:This process:DeprecationWarning')  # Python 3.12 on fork in a process with threads
 def test_workers_of_a_data_loader():
     def epoch(seed):
         loader = torch.utils.data.DataLoader(

@@ -169,7 +169,6 @@ class TestData:
 
 
 @pytest.mark.usefixtures('mmseg_scope')
-@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore``:UserWarning', 'ignore:``build_loss``:UserWarning')
 class TestSummary:
     @staticmethod
     def lines(cfg: Any) -> dict[str, str]:

@@ -27,13 +27,6 @@ import run_common  # isort: skip
 from data_folders import DataError  # isort: skip
 from run_data import set_data_root  # isort: skip
 
-pytestmark = [
-    # mmengine 0.10.7 finds mmdetection's configs by it; the extra pins the last setuptools that has it
-    pytest.mark.filterwarnings('ignore:pkg_resources is deprecated as an API:UserWarning'),
-    # pycocotools 2.0.11 with NumPy 2
-    pytest.mark.filterwarnings('ignore:__array__ implementation doesn.t accept a copy keyword:DeprecationWarning'),
-]
-
 CONFIGS = sorted(ROOT.glob('configs/det/*.py'))
 
 

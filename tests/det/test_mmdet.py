@@ -24,14 +24,6 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.structures import InstanceData
 
-pytestmark = [
-    # mmcv 2.1.0: what mmdetection's shipped DETRs call the dropout of attention
-    pytest.mark.filterwarnings('ignore:The arguments `dropout` in MultiheadAttention has been deprecated'),
-    pytest.mark.filterwarnings('ignore:"(dropout|add_residual)" is deprecated in `FFN.__init__`'),
-    # CrossEntropyLoss with class weights; HSigmoid and ATSSHead, whenever they are built
-    pytest.mark.filterwarnings('ignore::UserWarning:(mmcv|mmdet)[.]'),
-]
-
 CONFIGS = Path(mmdet.__file__).parent / '.mim' / 'configs'
 DETECTORS = {
     'Faster R-CNN': 'faster_rcnn/faster-rcnn_r50_fpn_1x_coco',

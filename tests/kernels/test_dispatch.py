@@ -203,7 +203,6 @@ def test_exported_programs_run_without_this_package(strict, compiled_kernels, fu
     assert len(fused_calls) == 1
 
 
-@pytest.mark.filterwarnings('ignore:.torch.jit.trace(_method)?. is deprecated:FutureWarning')
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants of the trace
 class TestTracing:
     def test_auto(self, compiled_kernels, fused_calls):

@@ -118,7 +118,6 @@ def test_blocks_are_chained(options, hooked, monkeypatch):
     assert max(relative_error(got[name], expected[name]) for name in expected) <= 1e-5
 
 
-@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')  # dynamo looks at it
 def test_blocks_compiled_in_place_run_compiled():
     (fused, _), x = pair(Beit), images(48, 80).to(DEVICE)
     expected, graphs = fused(x), []
@@ -177,7 +176,6 @@ def test_float32_and_large_heads_on_a_small_gpu(monkeypatch):
     assert fused_refusal(x, 80, 0.0) is None
 
 
-@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')  # PyTorch's own rules of tangents
 def test_tangents_go_by_the_reference():
     model, eager = pair(Beit)
     x = images(48, 80).to(DEVICE)

@@ -162,7 +162,6 @@ def test_batched_gradients():
     assert relative_error(got, expected) <= 1e-6
 
 
-@pytest.mark.filterwarnings('ignore:.torch.jit.script. is deprecated')  # PyTorch's own rules of tangents
 def test_tangents_are_refused():
     """PyTorch itself would leave them out without a word."""
     qkv, table, _ = inputs((3, 4), 1, 2, 32, torch.float32)

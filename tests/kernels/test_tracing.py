@@ -88,8 +88,6 @@ def test_compiles_in_mixed_precision():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.filterwarnings('ignore:The CUDA Graph is empty')  # torch 2.11: while it warms up
-@pytest.mark.filterwarnings('ignore:TypedStorage is deprecated')  # its search for the fastest kernels uses it
 @pytest.mark.parametrize('mode', ['reduce-overhead', 'max-autotune'])
 def test_modes_of_the_compiler(mode):
     """Both record CUDA graphs."""
@@ -170,8 +168,6 @@ def test_half_of_the_parameters_frozen():
 
 class TestRegistration:
     """The operators against what they say of themselves: shapes, aliases, derivatives, under tracing."""
-
-    pytestmark = pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')  # opcheck's
 
     @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
     @pytest.mark.parametrize(('qkv_learns', 'table_learns'), [(True, True), (True, False), (False, True)])

@@ -79,11 +79,6 @@ def train(cfg, name, **options):
 
 
 @pytest.mark.parametrize('kind', ['mim', 'cached', 'segmentor'])
-@pytest.mark.filterwarnings(
-    'ignore:The draw is False',  # mmsegmentation, at every start
-    'ignore:``build_loss``',
-    'ignore:The .grad attribute of a Tensor that is not a leaf Tensor',  # torch's compiler looks at what goes in
-)
 def test_compiled(kind, request, caplog):
     cfg = request.getfixturevalue(kind)
     found, expected = train(cfg, kind, compile=dict(backend='keep')), train(cfg, kind)

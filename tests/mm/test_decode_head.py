@@ -18,9 +18,6 @@ from mmseg.structures import SegDataSample
 from beit_plugin.mm.decode_head import BEiTFCNHead, BEiTUPerHead
 from beit_plugin.mm.norm import BEiTSyncBN
 
-# mmsegmentation 1.2.2 warns about its own builders
-pytestmark = pytest.mark.filterwarnings('ignore:``build_.*`` would be deprecated soon:UserWarning')
-
 LEVELS = [(8, 12), (4, 6), (2, 3), (1, 2)]
 
 

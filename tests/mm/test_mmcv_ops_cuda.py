@@ -102,7 +102,6 @@ def test_boxes(ops: ModuleType) -> None:
         torch.testing.assert_close(function(Tensor.cuda).cpu(), function(Tensor.cpu))
 
 
-@pytest.mark.filterwarnings('ignore:This overload of addmm is deprecated:UserWarning')  # in mmcv's masked_conv2d
 def test_masked_convolution(ops: ModuleType) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 3, 6, 5), (1, 6, 5), (4, 3, 3, 3), (4,))  # features, mask, weight, bias

@@ -21,7 +21,6 @@ def ops() -> ModuleType:
     return pytest.importorskip('mmcv.ops')
 
 
-@pytest.mark.filterwarnings('ignore:This overload of addmm is deprecated:UserWarning')  # in mmcv's masked_conv2d
 @pytest.mark.parametrize('kernel, padding', [((3, 3), (1, 1)), ((1, 5), (0, 2)), ((1, 1), (0, 0))])
 def test_masked_conv_is_the_convolution_at_the_masked_positions(
     ops: ModuleType, kernel: tuple[int, int], padding: tuple[int, int]

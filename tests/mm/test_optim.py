@@ -22,11 +22,7 @@ from beit_plugin.checkpoints.convert import to_native
 from beit_plugin.mm.backbone import BEiTBackbone
 from beit_plugin.mm.neck import BEiTPyramid
 
-pytestmark = [
-    pytest.mark.usefixtures('mmseg_scope'),
-    # mmsegmentation 1.2.2 calls its LayerDecayOptimizerConstructor deprecated; its own BEiT configs use it
-    pytest.mark.filterwarnings('ignore:DeprecationWarning. :UserWarning:mmseg'),
-]
+pytestmark = pytest.mark.usefixtures('mmseg_scope')
 
 DEPTH, LR, WD, DECAY = 4, 0.01, 0.05, 0.5
 SMALL = dict(img_size=(32, 48), embed_dims=16, num_layers=DEPTH, num_heads=2, mlp_ratio=2)

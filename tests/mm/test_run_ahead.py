@@ -30,7 +30,6 @@ from mmseg.structures import SegDataSample
 from beit_plugin.mm import run_ahead
 from beit_plugin.mm.run_ahead import LateMessageHub
 
-NOISE = ('The draw is False', '``build_loss``')  # mmsegmentation, at every start
 STEPS = 5
 
 
@@ -242,7 +241,6 @@ def train(folder, ahead, *hooks, **options):
 
 
 @pytest.mark.usefixtures('mmseg_scope')
-@pytest.mark.filterwarnings(*(f'ignore:{noise}' for noise in NOISE))
 def test_training_logs_the_same(tmp_path, monkeypatch):
     image_folder(tmp_path, ('training', 'validation'), values=(0, 1, 7))
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path))
@@ -259,7 +257,6 @@ def test_training_logs_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures('mmseg_scope')
-@pytest.mark.filterwarnings(*(f'ignore:{noise}' for noise in NOISE), 'ignore:Synchronization debug mode')
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch):
     image_folder(tmp_path, ('training', 'validation'), values=(0, 1, 7))
     monkeypatch.setenv('SHAPES_ROOT', str(tmp_path))

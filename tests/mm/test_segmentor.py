@@ -103,7 +103,6 @@ FLIPS = [{}, {'flip': True, 'flip_direction': 'horizontal'}, {'flip': True, 'fli
 @pytest.mark.parametrize('cfg', [SLIDE, WHOLE], ids=['slide', 'whole'])
 @pytest.mark.parametrize('keep_logits', [True, False])
 @pytest.mark.parametrize('align_corners', [False, True])
-@pytest.mark.filterwarnings('ignore:When align_corners=True, the output would more aligned:UserWarning')
 def test_flip_padding_and_original_size(cfg, keep_logits, align_corners):
     stock, ours = pair(cfg, ours={'keep_logits': keep_logits}, align_corners=align_corners)
     metas = [{'ori_shape': (70, 123 - i), 'img_padding_size': (2 * i, 3, 1, i), **flip} for i, flip in enumerate(FLIPS)]

@@ -23,10 +23,7 @@ from mmseg.structures import SegDataSample
 
 from beit_plugin.mm.transforms import DataFileError
 
-pytestmark = [
-    pytest.mark.usefixtures('mmseg_scope'),
-    pytest.mark.filterwarnings('ignore:The draw is False', 'ignore:``build_loss``'),  # mmsegmentation, at every start
-]
+pytestmark = pytest.mark.usefixtures('mmseg_scope')
 
 NAMES = itertools.count()
 MOMENTUM = 0.25
@@ -205,7 +202,6 @@ HEADS = {
 }
 
 
-@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore``:UserWarning')
 class TestCropsWithoutLabels:
     @pytest.mark.parametrize('bf16', [False, True])
     @pytest.mark.parametrize('avg_non_ignore', [False, True])

@@ -24,11 +24,7 @@ from segmentor_common import BINARY, SLIDE, WHOLE, assert_same_results, at_thres
 from beit_plugin.mm import tta
 from beit_plugin.mm.tta import BEiTSegTTAModel
 
-pytestmark = [
-    pytest.mark.usefixtures('mmseg_scope'),
-    # mmengine's PixelData, of what mmsegmentation's SegTTAModel puts into it
-    pytest.mark.filterwarnings('ignore:The shape of value will convert from:UserWarning'),
-]
+pytestmark = pytest.mark.usefixtures('mmseg_scope')
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # unilm's and mmsegmentation's, each with its mirror image
 FLIPS = ({'flip': False, 'flip_direction': None}, {'flip': True, 'flip_direction': 'horizontal'})

@@ -137,7 +137,6 @@ def test_export_at_one_size(size, strict):
     assert relative_error(program.module()(images(*size)), model(images(*size))) < 1e-6
 
 
-@pytest.mark.filterwarnings('ignore:.torch.jit.trace(_method)?. is deprecated:FutureWarning')
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants of the trace
 def test_traces():
     model = beit(use_abs_pos_emb=True)

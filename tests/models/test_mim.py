@@ -242,7 +242,6 @@ def test_wrong_labels_make_the_loss_of_a_compiled_model_nan(wrong):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-@pytest.mark.filterwarnings('ignore:Synchronization debug mode')
 def test_listed_labels_need_no_wait_for_the_gpu():
     model = model_of(V2).cuda()
     x, mask, labels = X.cuda(), MASK.cuda(), TOKENS[MASK].cuda()

@@ -13,12 +13,7 @@ NEEDS_ONNX = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxruntime', 'onnxscript')),
     reason="needs pip install 'beit-plugin[test]'",
 )
-TRACING = [
-    pytest.mark.filterwarnings('ignore:.torch.jit.trace(_method)?. is deprecated:FutureWarning'),
-    # sizes become constants, which is meant
-    pytest.mark.filterwarnings('ignore:Converting a tensor to a Python (boolean|integer):torch.jit.TracerWarning'),
-    pytest.mark.filterwarnings('ignore:Iterating over a tensor:torch.jit.TracerWarning'),
-]
+traces = pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # sizes become constants of the trace
 
 
 def model(**options):
@@ -36,13 +31,7 @@ def run(file, x):
     return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
 
 
-def trace_marks(function):
-    for mark in TRACING:
-        function = mark(function)
-    return function
-
-
-@trace_marks
+@traces
 @pytest.mark.parametrize('native', [64, 224])
 @pytest.mark.parametrize('grad', [False, True])
 def test_a_trace_passes_its_own_check(native, grad):
@@ -56,9 +45,8 @@ def test_a_trace_passes_its_own_check(native, grad):
 
 
 @NEEDS_ONNX
-@trace_marks
-# torch 2.14 calls its older exporter, which timm's onnx_export.py still uses, so
-@pytest.mark.filterwarnings('ignore:The feature will be removed. Please remove usage of this function')
+@traces
+# timm's onnx_export.py still uses the older exporter
 @pytest.mark.filterwarnings('ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning')
 @pytest.mark.parametrize(('native', 'size'), [(64, (64, 64)), (224, (64, 96)), (224, (50, 70))])
 def test_the_exporter_by_traces(native, size, tmp_path):

@@ -12,12 +12,7 @@ from beit_plugin.models import scripted
 from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
 
-pytestmark = [
-    pytest.mark.skipif(sys.version_info >= (3, 14), reason='TorchScript ends with Python 3.13'),
-    # torch 2.11 and later
-    pytest.mark.filterwarnings('ignore:.torch.jit.* is deprecated:DeprecationWarning'),
-    pytest.mark.filterwarnings('ignore:.torch.jit.* is deprecated:FutureWarning'),
-]
+pytestmark = pytest.mark.skipif(sys.version_info >= (3, 14), reason='TorchScript ends with Python 3.13')
 
 SMALL = dict(img_size=(48, 80), embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0, num_classes=7)
 FORMS = {

@@ -1,6 +1,5 @@
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -123,10 +122,7 @@ class TestLabelGuardOnCuda:
         labels = torch.zeros(2, 8, 8, dtype=torch.long, device='cuda')
         guard(labels, 5, 255)
         torch.cuda.synchronize()
-        with warnings.catch_warnings():
-            # said by the mode itself, which serves this test nevertheless
-            warnings.filterwarnings('ignore', 'Synchronization debug mode is a prototype feature')
-            torch.cuda.set_sync_debug_mode('error')
+        torch.cuda.set_sync_debug_mode('error')
         try:
             guard(labels, 5, 255)
         finally:

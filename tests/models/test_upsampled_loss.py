@@ -149,7 +149,6 @@ def test_compiles_without_a_graph_break():
     assert all(relative_error(*pair) <= 1e-12 for pair in zip(*results, strict=True))
 
 
-@pytest.mark.filterwarnings('ignore:The .grad attribute of a Tensor that is not a leaf')  # opcheck's
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 def test_registration(dtype):
     logits, labels = inputs((5, 6), (11, 13), 3, dtype)

@@ -1,6 +1,5 @@
 import importlib
 import importlib.util
-import warnings
 
 import pytest
 
@@ -10,8 +9,6 @@ def mmpretrain():
     """The package, with its models; skips without it."""
     if not all(map(importlib.util.find_spec, ('mmpretrain', 'einops', 'mat4py', 'modelindex', 'importlib_metadata'))):
         pytest.skip("needs pip install 'mmpretrain==1.2.0' model-index 'importlib_metadata<9'")
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # mmpretrain 1.2.0 has invalid escapes and deprecated calls at import
-        importlib.import_module('beit_plugin.mm')  # first: makes mmpretrain importable
-        importlib.import_module('mmpretrain.models')
-        return importlib.import_module('mmpretrain')
+    importlib.import_module('beit_plugin.mm')  # first: makes mmpretrain importable
+    importlib.import_module('mmpretrain.models')
+    return importlib.import_module('mmpretrain')

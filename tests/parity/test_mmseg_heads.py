@@ -24,9 +24,6 @@ from beit_plugin.mm.decode_head import BEiTFCNHead, BEiTUPerHead
 from beit_plugin.mm.neck import BEiTPyramid
 from beit_plugin.models.upernet import FCNHead, UPerNetHead
 
-# mmsegmentation 1.2.2 warns about its own builders
-pytestmark = pytest.mark.filterwarnings('ignore:``build_.*`` would be deprecated soon:UserWarning')
-
 BN = {'type': 'SyncBN', 'requires_grad': True}
 CE = {'type': 'CrossEntropyLoss', 'avg_non_ignore': True}
 
@@ -85,7 +82,6 @@ def test_decode_head_options(options):
     assert_parity(ours, theirs, pyramid_maps((4, 6)))
 
 
-@pytest.mark.filterwarnings('ignore:When align_corners=True:UserWarning')
 def test_align_corners():
     options = arguments(align_corners=True)
     assert_parity(*pair(BEiTUPerHead(**options), UPerHead(**options), True), pyramid_maps((5, 7)))
@@ -154,8 +150,6 @@ LOSSES = {
 }
 
 
-@pytest.mark.filterwarnings('ignore:When align_corners=True:UserWarning')
-@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False:UserWarning')
 @pytest.mark.parametrize('name', LOSSES)
 @pytest.mark.parametrize('size', [(64, 64), (61, 93)])
 def test_losses(name, size):
@@ -192,7 +186,6 @@ def test_auxiliary_head(training):
     assert_parity(*pair(BEiTFCNHead(**options), MMFCNHead(**options), training), pyramid_maps((5, 7)))
 
 
-@pytest.mark.filterwarnings('ignore:Default ``avg_non_ignore`` is False:UserWarning')
 @pytest.mark.parametrize('name', ['cross-entropy', 'ignored pixels count', 'two losses', 'hard pixels', 'binary'])
 def test_auxiliary_losses(name):
     options = arguments(in_channels=8, in_index=2, **LOSSES[name])
@@ -217,7 +210,6 @@ def test_all_pixels_ignored():
     assert all(parameter.grad.isfinite().all() for parameter in ours.parameters())
 
 
-@pytest.mark.filterwarnings('ignore:threshold is not defined for binary')
 @pytest.mark.parametrize('kind', [BEiTUPerHead, BEiTFCNHead])
 def test_one_class_with_a_softmax(kind):
     options = arguments(num_classes=1) if kind is BEiTUPerHead else arguments(num_classes=1, in_channels=8, in_index=2)

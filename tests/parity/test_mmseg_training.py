@@ -31,10 +31,7 @@ STOCK = {
 SIZE = (64, 96)
 WIDTH = 48
 
-pytestmark = [
-    pytest.mark.usefixtures('mmseg_scope'),
-    pytest.mark.filterwarnings('ignore:``build_.*`` would be deprecated soon:UserWarning'),
-]
+pytestmark = pytest.mark.usefixtures('mmseg_scope')
 
 
 def build(changes):

@@ -67,7 +67,6 @@ def test_training_with_stochastic_depth_draws_the_same_numbers():
 
 
 # timm resizes once, linearly, by set_input_size; ours does the same at run time with the rule called linear
-@pytest.mark.filterwarnings('ignore:Using a non-tuple sequence:UserWarning')
 @pytest.mark.parametrize('form', ['v1', 'both tables', 'positions'])
 @pytest.mark.parametrize('size', [(96, 64), (128, 160)])
 def test_another_size_by_the_linear_rule(form, size):

@@ -1,7 +1,6 @@
 """Tokenizers against the peers: transformers' FLAVA codebook, mmpretrain's DALL-E encoder and VQ-KD."""
 
 import importlib.util
-import warnings
 
 import pytest
 import torch
@@ -73,10 +72,7 @@ def vqkd_of(mmpretrain, size=(64, 64), depth=3):
 
 
 def tokens_of(theirs, x):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # it disables autocast by a call that torch deprecates
-        # its data preprocessor takes 127.5 off and divides by it; its tokens come in rows
-        return theirs(x * 2 - 1)
+    return theirs(x * 2 - 1)  # its data preprocessor takes 127.5 off and divides by it; its tokens come in rows
 
 
 def test_mmpretrain_vqkd(mmpretrain):
