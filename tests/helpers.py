@@ -1,12 +1,22 @@
 """What tests of several folders share."""
 
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+CXX = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')  # as torch.compile looks for it
+needs_cpp_compiler = pytest.mark.skipif(
+    not shutil.which(CXX) or not Path(sysconfig.get_path('include'), 'Python.h').is_file(),
+    reason=f"torch.compile needs a C++ compiler ({CXX}) and Python's headers (Debian: g++ and python3-dev)",
+)
 
 # small, not square, and with the head dim (64) of the published models
 SIZES = dict(img_size=(64, 96), embed_dim=128, depth=3, num_heads=2, mlp_ratio=2.0)

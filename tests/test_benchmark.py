@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import needs_cpp_compiler, relative_error
 from tools_common import tool, width
 
 
@@ -50,6 +50,7 @@ def test_attention(tmp_path):
     assert width(folder / 'results.png') > 800
 
 
+@needs_cpp_compiler
 def test_compiled(tmp_path):
     args = ('--sizes', '32:1', '--heads', '1', '--compile', 'off', 'default', '--only', 'bound', 'ours, sdpa')
     bench('attention', *args, cwd=tmp_path)

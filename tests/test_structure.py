@@ -3,6 +3,8 @@
 import ast
 import re
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,25 @@ def test_rules_bite():
     assert names == {'mmseg.apis', 'mm.optim', 'models.beit', 'timm_models'}
     allowed = rule('models.made_up')
     assert not any(n == a or n.startswith(f'{a}.') for n in names - {'models.beit'} for a in allowed)
+
+
+@pytest.mark.parametrize(
+    ('module', 'ours'),
+    [
+        ('beit_plugin.models.beit', True), ('tests.models.test_beit', True), ('tools_common', True),
+        ('run_common', True), ('mmseg.models', False), ('torch', False), ('beit_plugin_of_another', False),
+    ],
+)  # fmt: skip
+def test_our_warnings_are_errors(module, ours):
+    with pytest.raises(FutureWarning) if ours else nullcontext():
+        warnings.warn_explicit('', FutureWarning, 'file.py', 1, module=module)
+
+
+def test_sources_compile_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for path in SOURCES:
+            compile(path.read_text(), path, 'exec')
 
 
 def test_openmmlab_stays_in_its_folder():

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import TINY, gradients, images, randomize, relative_error, torchrun
+from helpers import TINY, gradients, images, needs_cpp_compiler, randomize, relative_error, torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -62,7 +62,9 @@ def operators():
     return Record()
 
 
-@pytest.mark.parametrize('backend', ['aot_eager', pytest.param('inductor', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'backend', ['aot_eager', pytest.param('inductor', marks=[pytest.mark.slow, needs_cpp_compiler])]
+)
 @pytest.mark.parametrize('shared', [False, True])
 def test_training_step_compiles_without_a_graph_break(backend, shared):
     """At one size, then at others: from the second on with sizes that are open."""

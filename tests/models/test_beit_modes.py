@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import TINY, gradients, images, randomize, relative_error, weighted_sum
+from helpers import TINY, gradients, images, needs_cpp_compiler, randomize, relative_error, weighted_sum
 from torch import nn
 
 from beit_plugin.models.backbone import BeitBackbone
@@ -106,6 +106,7 @@ def test_training_step_compiles_without_a_graph_break():
 
 
 @pytest.mark.slow
+@needs_cpp_compiler
 def test_compiles_with_inductor():
     torch._dynamo.reset()
     model, x = beit(depth=1).requires_grad_(False), images(64, 33)  # another size: with the operator that resizes

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from helpers import TINY, gradients, images, randomize, relative_error, weighted_sum
+from helpers import TINY, gradients, images, needs_cpp_compiler, randomize, relative_error, weighted_sum
 
 from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
@@ -177,6 +177,7 @@ def test_compiles_once_for_sizes_alike(fresh_compiler):
     assert counter.frame_count == 1
 
 
+@needs_cpp_compiler
 def test_compiles_with_inductor(fresh_compiler):
     model = beit(depth=1, global_blocks=()).eval()
     with torch.no_grad():
