@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,6 +19,17 @@ from plot_run import minutes, plot_comparison, plot_curve, read_scalars  # isort
 
 def contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob('*')) if p.is_file()}
+
+
+@pytest.mark.parametrize('script', ['test.sh', 'quickstart.sh'])
+def test_no_python_that_works(script, tmp_path):
+    for name in ('bash', 'dirname'):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    (tmp_path / 'python3').write_text('#!/bin/sh\nexit 1\n')  # the answer of every other version
+    (tmp_path / 'python3').chmod(0o755)
+    command = ['bash', ROOT / 'tools' / script]
+    done = subprocess.run(command, env={'PATH': str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith('error: no Python 3.10, 3.11, 3.12 or 3.13 found')
 
 
 class TestMakeShapes:

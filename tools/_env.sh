@@ -7,13 +7,13 @@ export OMP_WAIT_POLICY=PASSIVE  # threads that spin while another process has th
 
 find_python() {
     local candidate
-    for candidate in python3 python python3.14 python3.13 python3.12 python3.11 python3.10; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    for candidate in python3 python python3.13 python3.12 python3.11 python3.10; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "error: no python of version 3.10 or later found: install one." >&2
+    echo "error: no Python 3.10, 3.11, 3.12 or 3.13 found: install one. (mmengine 0.10.7 does not work on 3.14.)" >&2
     return 1
 }
 

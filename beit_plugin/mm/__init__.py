@@ -5,6 +5,7 @@ Importing this also makes mmcv-lite enough, and lets mmengine's launcher start w
 segmentors of every dialect.
 """
 
+import pkgutil
 from importlib.util import find_spec
 
 _MISSING = [name for name in ('mmengine', 'mmcv') if find_spec(name) is None]
@@ -18,6 +19,11 @@ if _MISSING:
 from . import mmcv_ops  # noqa: E402
 
 mmcv_ops.install()  # before anything that imports mmcv.ops
+
+from mmengine.utils.dl_utils import mmcv_full_available  # noqa: E402
+
+if not hasattr(pkgutil, 'find_loader') and 'find_loader' in mmcv_full_available.__code__.co_names:
+    raise ImportError('this mmengine calls pkgutil.find_loader, which Python 3.14 removed; use Python 3.10 to 3.13')
 
 from .cpu_dist import allow_cpu_launch  # noqa: E402
 from .loading import read_every_dialect  # noqa: E402

@@ -51,6 +51,19 @@ def test_mmengine_sees_a_full_mmcv() -> None:
     assert spec is not None and spec.name == 'mmcv._ext'
 
 
+def test_says_which_python_mmengine_needs(tmp_path: Path) -> None:
+    """mmengine 0.10.7 imports on Python 3.14 and fails when it makes an optimizer."""
+    code = """
+import pkgutil
+vars(pkgutil).pop('find_loader', None)
+try:
+    import beit_plugin.mm
+except ImportError as error:
+    print(error)
+"""
+    assert 'use Python 3.10 to 3.13' in run_python(code, path=tmp_path)
+
+
 def test_a_missing_op_exists_and_says_who_has_it_when_called() -> None:
     install()
     ext = importlib.import_module('mmcv._ext')
