@@ -11,7 +11,8 @@ from pickle import UnpicklingError
 import numpy as np
 import pytest
 import torch
-from checkpoints.fuzz_pickles import archive, call, integer, name, run, text
+from checkpoints.fuzz_pickles import run
+from checkpoints.pickle_grammar import archive, call, integer, name, text
 
 import beit_plugin  # noqa: F401  registers the stand-ins
 from beit_plugin.checkpoints import CheckpointError, stand_ins
