@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .checkpoints import CheckpointError
 from .checkpoints.files import open_wrappers
 from .checkpoints.fit import accept_any_dialect, fit, part_of
+from .checkpoints.grids import metadata_of, noted_grid, with_grid, with_metadata
 from .checkpoints.stand_ins import register_stand_ins
 from .models.backbone import BeitBackbone, resolve_stages
 from .models.beit import VARIANTS, Beit
@@ -50,7 +51,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     A norm that the file does not have keeps its initial values: pre-trained weights know the final norm of their own
     head only, so fine-tuning with mean pooling starts its norm anew, as the official code does.
     """
-    fitted = fit(open_wrappers(state_dict, 'the checkpoint'), model)
+    opened = open_wrappers(state_dict, 'the checkpoint')
+    fitted = fit(opened, model, noted_grid(opened) or _published_grid(opened, model), ask=True)
     own, current = fitted.own, model.state_dict()
     problems = fitted.complaints  # timm itself is not strict with another number of classes
     if problems:
@@ -59,7 +61,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     fresh = [name for name in fitted.fresh if part_of(name) != 'head']
     if fresh:
         _logger.info('left at their initial values, for the file does not have them: %s', ', '.join(fresh))
-    return {**fitted.state, **{own[name]: current[own[name]] for name in fresh}}
+    state = {**fitted.state, **{own[name]: current[own[name]] for name in fresh}}
+    return with_metadata(state, metadata_of(current))
+
+
+def _published_grid(state_dict: dict[str, Tensor], model: Any) -> tuple[int, int] | None:
+    """The grid of the published weights that timm is loading; None for a file of the user's, which may be of any."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    if cfg.get('file') or not cfg.get('input_size'):
+        return None
+    h, w = (size // 16 for size in cfg['input_size'][1:])  # all of them have patches of 16
+    return noted_grid(with_grid(state_dict, (h, w)))
 
 
 def _defaults(size: str) -> dict[str, Any]:
@@ -154,7 +166,7 @@ def _create_segmentor(variant: str, size: str, pretrained: bool, kwargs: dict[st
     def build(**model_kwargs: Any) -> nn.Module:
         model = build_segmentor(**model_kwargs)
         accept_any_dialect(model)
-        accept_any_dialect(model.backbone)
+        accept_any_dialect(model.backbone, nested=False)
         return model
 
     args = {**_defaults(size), 'img_size': 640, **kwargs}

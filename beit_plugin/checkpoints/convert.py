@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..models.relative_position import relative_position_index
 from .errors import CheckpointError
-from .grids import INDEX, stated_grid, table_grid
+from .grids import INDEX, TABLE, noted_grid, stated_grid, table_grid, with_grid
 from .tables import DIALECTS, PARTS, TASKS, Dialect, Layout, Row
 
 __all__ = ['CheckpointError', 'Detection', 'convert', 'detect', 'from_native', 'read_names', 'task_of', 'to_native']
 
 StateDict = dict[str, Tensor]
-TABLE = 'relative_position_bias_table'
 SHARED_TABLE = f'rel_pos_bias.{TABLE}'
 _VALUES = {
     '{p}': ('weight', 'bias'),
@@ -301,7 +300,7 @@ def convert(
         drop: names to leave out, by our names or by those of the source; ``'head'`` stands for all that begins with
             ``head.``.
         task: see ``from_native``; needed for the ``backbone`` of transformers in memory where it has no pyramid.
-        grid: see ``from_native``; by default that of the index buffers of the source.
+        grid: see ``from_native``; by default the one that the source states; see ``load``.
 
     Raises:
         CheckpointError: a name that no table knows and ``drop`` does not list, one in ``drop`` that is not there, or
@@ -314,4 +313,6 @@ def convert(
     if rest:
         raise CheckpointError(f'no table knows {some(rest)}; name what to leave out by drop=')
     native = {name: t for name, t in native.items() if not leave_out.fullmatch(name)}
-    return from_native(native, to, task, grid or stated_grid(wanted))
+    grid = grid or stated_grid(wanted) or noted_grid(state_dict)
+    converted = from_native(native, to, task, grid)
+    return with_grid(converted, grid, DIALECTS[to].layouts[task or task_of(native)].prefix)

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .convert import SHARED_TABLE, TABLE, CheckpointError, Detection, depth_of, detect, read_names, to_native
+from .convert import SHARED_TABLE, CheckpointError, Detection, depth_of, detect, read_names, to_native
 from .fit import part_of
-from .grids import stated_grid, table_grid
+from .grids import TABLE, noted_grid, stated_grid, table_grid
 from .hf_config import HFConfig
 from .hf_options import ENCODER
 from .tables import DIALECTS, PARTS
@@ -58,7 +58,7 @@ def describe(state_dict: Mapping[str, Tensor], grid: tuple[int, int] | None = No
 
     Args:
         state_dict: names to tensors, of any dialect.
-        grid: (h, w) in patches that it was trained at; needed where it was not square.
+        grid: (h, w) in patches that it was trained at; needed where it was not square and it does not say so.
 
     Raises:
         CheckpointError: no BEiT, something that tells a size is missing or of another shape, or the grid cannot be
@@ -69,7 +69,7 @@ def describe(state_dict: Mapping[str, Tensor], grid: tuple[int, int] | None = No
     dim, channels, patch_h, patch_w = _shape(native, 'patch_embed.proj.weight', 4)
     own = [name for name in native if name.endswith(TABLE) and name.startswith('blocks.')]
     tables = [_shape(native, name, 2) for name in (*own, *([SHARED_TABLE] if SHARED_TABLE in native else []))]
-    grid = _grid(native, tables, grid or stated_grid(state_dict))
+    grid = _grid(native, tables, grid or stated_grid(state_dict) or noted_grid(state_dict))
     arguments: dict[str, Any] = {
         'embed_dim': dim,
         'depth': depth_of(native),

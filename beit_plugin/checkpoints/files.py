@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .convert import CheckpointError, StateDict
+from .grids import metadata_of, noted_grid, with_grid, with_metadata
 from .torch_files import has_checksums, read_torch_file
 from .unpickle import UnknownName
 
@@ -66,7 +67,7 @@ def open_wrappers(loaded: Any, source: str) -> StateDict:
     while True:
         prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)
         if prefix is None:
-            return tensors
+            return with_grid(tensors, noted_grid(tensors, metadata_of(loaded).values()))
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
@@ -148,7 +149,7 @@ def write_state_dict(
     Args:
         state_dict: names to tensors.
         path: file to write.
-        metadata: what a safetensors file shall say of itself; other files have no place for it.
+        metadata: what a safetensors file says of itself; torch's keep the metadata of the state dict, see `with_grid`.
 
     Raises:
         OSError: see ``write_atomically``.
@@ -161,7 +162,8 @@ def write_state_dict(
             whole = {name: tensor.clone() for name, tensor in tensors.items()}  # it refuses tensors that share memory
             write_atomically(path, lambda temporary: save_file(whole, temporary, metadata=said))
         else:
-            write_atomically(path, lambda temporary: torch.save(tensors, temporary))
+            noted = with_metadata(tensors, metadata_of(state_dict))
+            write_atomically(path, lambda temporary: torch.save(noted, temporary))
     except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
         raise OSError(f'{path} cannot be written: {error}') from error
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..models.resample import resize_abs_pos_embed, resize_rel_pos_bias_table
 from .convert import (
     SHARED_TABLE,
-    TABLE,
     CheckpointError,
     Detection,
     StateDict,
@@ -23,7 +22,7 @@ from .convert import (
     some,
     to_native,
 )
-from .grids import stated_grid, table_grid
+from .grids import TABLE, noted_grid, stated_grid, table_grid
 from .tables import DIALECTS, PARTS
 
 __all__ = ['Fitted', 'accept_any_dialect', 'encoder_of', 'fit', 'own_names', 'part_of', 'resize']
@@ -53,6 +52,7 @@ class Fitted(NamedTuple):
     dropped: StateDict  # what was not wanted, or belongs to a part that the model does not have, by our names
     found: Detection
     own: dict[str, str]  # the names of the model, by ours
+    leave_out: re.Pattern[str]  # the names that were not wanted
 
     @property
     def given(self) -> set[str]:
@@ -64,13 +64,20 @@ class Fitted(NamedTuple):
     def complaints(self) -> list[str]:
         """Why it must not be loaded: names that do not match, parts that are not whole."""
         given, names = self.given, set(self.own.values())
-        missing = [self.own[name] for name in self.fresh if part_of(name) == 'encoder' or part_of(name) in given]
+        needed = {'encoder', *given, *(() if self._may_lack_norm(given) else ('norm',))}
+        missing = [self.own[name] for name in self.fresh if part_of(name) in needed]
         found = {
             'no table knows': self.rest,
             'the model has no': [name for name in self.state if name not in names],
             'it lacks': missing,
         }
         return [f'{what} {some(wrong)}' for what, wrong in found.items() if wrong]
+
+    def _may_lack_norm(self, given: set[str]) -> bool:
+        """Whether the final norm may start anew: by request, or with the head after it for a mean-pooled checkpoint."""
+        heads = {part_of(name) for name in self.own} & {'head', 'lm_head', 'decode_head'}
+        is_pooled = 'fc_norm' in given or 'fc_norm.weight' in self.dropped
+        return bool(self.leave_out.fullmatch('norm')) or (is_pooled and bool(heads) and not heads & given)
 
 
 def part_of(name: str) -> str:
@@ -112,7 +119,9 @@ def _source_grid(
     if square not in (None, window):
         message = f'{what} is as long at the {window[0]}x{window[1]} grid of the model as at {side}x{side} patches'
         if ask:
-            raise CheckpointError(f'{message}; say by grid=(h, w) which it was trained at')
+            raise CheckpointError(
+                f'{message}; say which it was trained at: beit_plugin.checkpoints.load(model, source, grid=(h, w))'
+            )
         _logger.warning("%s; taken for the model's", message)
     return window
 
@@ -212,7 +221,7 @@ def fit(
     Args:
         state_dict: names to tensors; read only.
         model: one that holds an encoder of this package; read only.
-        grid: (h, w) in patches that it was trained at; needed where that was not square and not the model's.
+        grid: (h, w) in patches that it was trained at; needed where that was neither square nor the model's, nor stated.
         out_indices: 0-based blocks that a segmentor was trained on; by default those that its dialect means by the
             ``out_indices`` that the model was built with.
         leave_out: matches the names, ours or theirs, that are not wanted.
@@ -228,7 +237,7 @@ def fit(
     own = own_names(model)
     current = model.state_dict()
     _check_kinds(native, {name: current[theirs] for name, theirs in own.items()})
-    native = resize(native, encoder, grid or stated_grid(wanted), ask)
+    native = resize(native, encoder, grid or stated_grid(wanted) or noted_grid(state_dict), ask)
     if found.task == 'segmentor' and 'stages' not in native and hasattr(encoder, 'stages'):
         native['stages'] = torch.tensor(_stages(found, model, encoder, out_indices))
     stages = native['stages'].flatten().tolist() if 'stages' in native else []
@@ -249,10 +258,12 @@ def fit(
     # what no table knows may be of the model all the same: the head of a detector
     state |= {name: rest.pop(name) for name in list(rest) if own.get(name) == name}
     fresh = tuple(name for name, theirs in own.items() if theirs not in state)
-    return Fitted(state, rest, fresh, dropped, found, own)
+    return Fitted(state, rest, fresh, dropped, found, own, leave_out)
 
 
-def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+def _translate_in_place(
+    model: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *_: Any
+) -> None:
     """What ``load_state_dict`` calls before it reads ``state_dict``; at module level, so that models can be pickled."""
     part = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
     if any('_fsdp_wrapped_module.' in name for name, _ in model.named_parameters()):
@@ -261,15 +272,17 @@ def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_:
         detect(part)
     except CheckpointError:
         return  # not an encoder: leave it to load_state_dict to say what is missing
-    fitted = fit(part, model)
+    current = model.state_dict()
+    # what is the model's by every name and shape is loaded as it is, as PyTorch does, unless it states its grid
+    is_own = part.keys() == current.keys() and all(part[name].shape == t.shape for name, t in current.items())
+    fitted = fit(part, model, noted_grid(part, (local_metadata,)), ask=not is_own)
     if fitted.dropped:
         _logger.info('left out, for the model does not have them: %s', some(fitted.dropped))
     for name in part.keys() - fitted.rest.keys():
         del state_dict[prefix + name]
     state_dict.update({prefix + name: tensor for name, tensor in fitted.state.items()})
     if fitted.found.task == 'mim':  # it knows no classifier, pyramid or decoder: they are to be trained
-        fresh = [fitted.own[name] for name in fitted.fresh if part_of(name) != 'encoder']
-        current = model.state_dict()
+        fresh = [fitted.own[name] for name in fitted.fresh if part_of(name) not in ('encoder', 'norm')]
         state_dict.update({prefix + name: current[name] for name in fresh})
         if fresh:
             _logger.info('left at their initial values, for the pre-training does not have them: %s', some(fresh))
@@ -277,10 +290,19 @@ def _translate_in_place(model: Any, state_dict: dict[str, Any], prefix: str, *_:
         state_dict[f'{prefix}_extra_state'] = model.get_extra_state()
 
 
-def accept_any_dialect(model: nn.Module) -> None:
+def _translate_alone(model: Any, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    if not prefix:
+        _translate_in_place(model, state_dict, prefix, *others)
+
+
+def accept_any_dialect(model: nn.Module, nested: bool = True) -> None:
     """Lets ``model.load_state_dict`` take every dialect at every resolution, also as a part of a larger model.
 
     The timm entry points and ``BEiTBackbone`` have called this; a ``Beit`` that you build yourself has not. What no
     table knows stays in the state dict, so that the loader reports it.
+
+    Args:
+        model: one that holds an encoder of this package.
+        nested: False for a part of a model that accepts any dialect itself: a state dict is resized once.
     """
-    model.register_load_state_dict_pre_hook(_translate_in_place)
+    model.register_load_state_dict_pre_hook(_translate_in_place if nested else _translate_alone)

@@ -1,18 +1,23 @@
 """Which grid of patches a checkpoint was trained at."""
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from math import isqrt
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.relative_position import relative_position_index
+from ..models.relative_position import GRID_NOTE, num_relative_distance, relative_position_index
 from ..models.resample import NUM_CLS_ROWS
 from .errors import CheckpointError
 
-__all__ = ['INDEX', 'stated_grid', 'table_grid']
+__all__ = ['INDEX', 'TABLE', 'metadata_of', 'noted_grid', 'stated_grid', 'table_grid', 'with_grid', 'with_metadata']
 
 INDEX = 'relative_position_index'
+TABLE = 'relative_position_bias_table'
+_POSITIONS = ('pos_embed', 'position_embeddings')
 
 
 def table_grid(rows: int, grid: tuple[int, int] | None = None, model: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -41,6 +46,46 @@ def table_grid(rows: int, grid: tuple[int, int] | None = None, model: tuple[int,
     return (side + 1) // 2, (side + 1) // 2
 
 
+def metadata_of(state_dict: Any) -> OrderedDict[str, dict[str, Any]]:
+    """What `Module.state_dict` says of each module beside the tensors; empty where it says nothing."""
+    metadata = getattr(state_dict, '_metadata', None)
+    entries = metadata.items() if isinstance(metadata, Mapping) else ()
+    return OrderedDict((name, dict(said)) for name, said in entries if isinstance(said, Mapping))
+
+
+def with_metadata(state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A copy of a state dict that says this of its modules."""
+    copied: OrderedDict[str, Tensor] = OrderedDict(state_dict)
+    copied._metadata = OrderedDict(metadata)  # type: ignore[attr-defined]
+    return copied
+
+
+def with_grid(state_dict: Mapping[str, Tensor], grid: tuple[int, int] | None, prefix: str = '') -> dict[str, Tensor]:
+    """A copy of a state dict that notes the (h, w) grid of its encoder as our models do; None notes nothing."""
+    modules = () if grid is None else ('', prefix.removesuffix('.'))
+    return with_metadata(state_dict, {module: {GRID_NOTE: grid} for module in modules})
+
+
+def noted_grid(state_dict: Mapping[str, Tensor], said: Iterable[Mapping[str, Any]] = ()) -> tuple[int, int] | None:
+    """The (h, w) grid that our models note in the metadata of their state dict (see `note_grid`).
+
+    None where nothing is noted, where the notes differ, or where the tables and positions have another length: then
+    they were replaced after the note was made.
+
+    Args:
+        state_dict: names to tensors, of any dialect.
+        said: metadata of modules, beside that of the state dict.
+    """
+    notes = [entry[GRID_NOTE] for entry in (*said, *metadata_of(state_dict).values()) if GRID_NOTE in entry]
+    grid = notes[0] if notes and all(note == notes[0] for note in notes) else None
+    if not isinstance(grid, list | tuple) or len(grid) != 2 or not all(type(n) is int and n > 0 for n in grid):
+        return None
+    h, w = grid
+    rows = {tensor.shape[0] for name, tensor in state_dict.items() if name.endswith(TABLE) and tensor.ndim == 2}
+    tokens = {tensor.shape[1] for name, tensor in state_dict.items() if name.endswith(_POSITIONS) and tensor.ndim == 3}
+    return (h, w) if rows <= {num_relative_distance((h, w))} and tokens <= {1 + h * w} else None
+
+
 def stated_grid(state_dict: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """The (h, w) grid that the index buffers of a checkpoint are of; None where it has none.
 
@@ -51,7 +96,8 @@ def stated_grid(state_dict: Mapping[str, Tensor]) -> tuple[int, int] | None:
     if name is None:
         return None
     index = state_dict[name]
-    if index.ndim == 2 and index.shape[0] == index.shape[1] > 1 and not index.is_floating_point():
+    is_plain = index.layout == torch.strided and index.is_contiguous()  # an expanded one may speak of any size
+    if index.ndim == 2 and index.shape[0] == index.shape[1] > 1 and not index.is_floating_point() and is_plain:
         places = (index[1:, 1] - index[1, 1]).tolist()  # of each patch: row * (2w - 1) + column
         w = next((i for i, place in enumerate(places) if place != i), len(places))
         h = len(places) // w

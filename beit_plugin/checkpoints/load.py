@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .convert import CheckpointError, StateDict, check_drop, dropper, from_native, some, task_of
+from .convert import CheckpointError, StateDict, check_drop, detect, dropper, from_native, some, task_of
 from .files import SUFFIXES, is_file_name, write_atomically, write_state_dict
 from .fit import encoder_of, fit, own_names, part_of
+from .grids import with_grid
 from .hf_config import write_config
 from .sources import read_source
 from .tables import DIALECTS
@@ -88,8 +89,8 @@ def load(
         source: see ``read_source``.
         drop: names to leave out, by our names or by those of the source; ``'head'`` stands for all that begins with
             ``head.``, such as the classifier of another number of classes.
-        grid: (h, w) in patches that it was trained at; needed where that was not square and neither the model's nor
-            noted in the source.
+        grid: (h, w) in patches that it was trained at, where the source does not state it and it is not square, or
+            where its tables have the length of the model's grid and of a square one.
 
     Raises:
         CheckpointError: nothing was loaded, and why.
@@ -126,7 +127,8 @@ def _load(
                 f'of {_blocks(encoder.stages)}; build it with out_indices={_blocks(reads)}, or keep its own by '
                 'drop=("stages",)'
             )
-    model.load_state_dict({**current, **fitted.state}, strict=True)
+    current.update(fitted.state)  # its metadata notes the grid of the model
+    model.load_state_dict(current, strict=True)
     return LoadReport(
         name,
         fitted.found.dialect,
@@ -177,6 +179,7 @@ def save(
         is_backbone = hasattr(encoder, 'stages') and task_of(own) == 'encoder'  # also where it has no pyramid
         task = 'backbone' if is_backbone and 'backbone' in getattr(DIALECTS.get(dialect), 'layouts', ()) else None
         state = from_native({ours: current[name] for ours, name in own.items()}, dialect, task, (h, w))
+    state = with_grid(state, (h, w), detect(state).prefix)
     metadata = {'grid': f'{h}x{w}', 'dialect': dialect}
     if is_file_name(path):
         write_state_dict(state, path, metadata)

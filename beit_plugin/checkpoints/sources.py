@@ -13,6 +13,7 @@ import torch
 
 from .convert import CheckpointError, StateDict
 from .files import is_file_name, open_wrappers, read_metadata, read_state_dict
+from .grids import noted_grid
 from .hf_config import HFConfig, read_config
 
 __all__ = ['Source', 'config_beside', 'read_source']
@@ -52,7 +53,8 @@ def read_source(
     if not isinstance(source, (str, os.PathLike, Mapping)):
         raise CheckpointError(f'expected a path, URL, hub id or state dict as a checkpoint, got {source!r}')
     if isinstance(source, Mapping):
-        return Source('the state dict', open_wrappers(source, 'the state dict'), None, None)
+        state_dict = open_wrappers(source, 'the state dict')
+        return Source('the state dict', state_dict, None, noted_grid(state_dict))
     text = os.fspath(source)
     path = Path(text)
     if urlparse(text).scheme in ('http', 'https'):
@@ -66,7 +68,7 @@ def read_source(
     else:
         state_dict = read_state_dict(path, stand_ins)
     config = config_beside(path)
-    return Source(text, state_dict, config, _grid_of(config) or _grid_in(path))
+    return Source(text, state_dict, config, _grid_of(config) or _grid_in(path) or noted_grid(state_dict))
 
 
 def _weights_in(folder: Path) -> Path:

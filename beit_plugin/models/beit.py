@@ -27,7 +27,7 @@ from .block import Block, BlockBias, PositionBias, activation, run_on_kernels, t
 from .checks import check_numbers, head_mask_by_layer
 from .embed import BeitPatchEmbed, check_mask
 from .initialisation import OfficialInitialisation
-from .relative_position import RelativePositionBias, bias_geometry
+from .relative_position import RelativePositionBias, bias_geometry, note_grid
 from .resample import ResizeRule, check_rule, resize_abs_pos_embed
 from .timm_interface import TimmInterface
 from .windows import Windows, cut_windows, resolve_global_blocks, resolve_window
@@ -179,6 +179,7 @@ class Beit(OfficialInitialisation, TimmInterface):
         self._init_blocks(make_block, depth, drop_path_rate)
         self._init_head(num_classes, global_pool, use_fc_norm, drop_rate, norm_layer, **dd)
         self.init_weights(needs_reset=False)
+        self.register_state_dict_post_hook(note_grid)
 
     def _init_blocks(self, make_block: Callable[..., Block], depth: int, drop_path_rate: float) -> None:
         rates = torch.linspace(0, drop_path_rate, depth, device='cpu').tolist()

@@ -8,7 +8,7 @@ Shapes: h, w grid in patches; N = 1 + h*w tokens; K heads.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,11 +24,13 @@ __all__ = [
     'bias_geometry',
     'bias_of',
     'gather_bias',
+    'note_grid',
     'num_relative_distance',
     'relative_position_index',
     'table_at',
 ]
 
+GRID_NOTE = 'beit_plugin.grid'  # in the metadata of a state dict
 ALIGNMENT = 8  # SDPA's CUDA kernels read a bias in place only when its rows start at multiples of 8 elements
 CACHED_TOKENS = 2048  # an index of this many tokens takes 32 MiB; larger ones are made anew each time
 CACHED_BYTES = 64 * 2**20  # largest bias that is kept for the next inference on the CPU: 12 heads at 512 pixels
@@ -48,6 +50,14 @@ class BiasGeometry(NamedTuple):
 def num_relative_distance(window_size: tuple[int, int]) -> int:
     """Rows of the table of an (h, w) grid."""
     return (2 * window_size[0] - 1) * (2 * window_size[1] - 1) + NUM_CLS_ROWS
+
+
+def note_grid(model: Any, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Post-hook of ``state_dict()``: notes the (h, w) grid of the tables, which their length does not always tell.
+
+    It stands beside the version of the module, where `torch.save` keeps it and other loaders ignore it.
+    """
+    local_metadata[GRID_NOTE] = tuple(getattr(model, 'backbone', model).window_size)
 
 
 def relative_position_index(h: int, w: int, device: torch.device | None = None, pad: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .backbone import BeitBackbone, pyramid_indices
 from .pyramid import FeaturePyramid
+from .relative_position import note_grid
 from .segmentation_loss import SegmentationLoss
 from .upernet import FCNHead, UPerNetHead
 
@@ -60,6 +61,7 @@ class BeitSegmentor(nn.Module):
         self.patch_size = patch_size
         self.auxiliary_index = auxiliary_index
         self.keep_stages = keep_stages
+        self.register_state_dict_post_hook(note_grid)
 
     def get_extra_state(self) -> Tensor:
         """The stages that the backbone returns; in the state dict, for the weights mean nothing without them."""
