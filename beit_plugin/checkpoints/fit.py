@@ -74,10 +74,10 @@ class Fitted(NamedTuple):
         return [f'{what} {some(wrong)}' for what, wrong in found.items() if wrong]
 
     def _may_lack_norm(self, given: set[str]) -> bool:
-        """Whether the final norm may start anew: by request, or with the head after it for a mean-pooled checkpoint."""
+        """Whether the final norm may start anew: by request, or with the head after it where training had none."""
         heads = {part_of(name) for name in self.own} & {'head', 'lm_head', 'decode_head'}
-        is_pooled = 'fc_norm' in given or 'fc_norm.weight' in self.dropped
-        return bool(self.leave_out.fullmatch('norm')) or (is_pooled and bool(heads) and not heads & given)
+        had_none = 'fc_norm' in given or 'fc_norm.weight' in self.dropped or self.found.task in ('backbone', 'segmentor')
+        return bool(self.leave_out.fullmatch('norm')) or (had_none and bool(heads) and not heads & given)
 
 
 def part_of(name: str) -> str:

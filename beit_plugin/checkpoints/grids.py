@@ -69,8 +69,8 @@ def with_grid(state_dict: Mapping[str, Tensor], grid: tuple[int, int] | None, pr
 def noted_grid(state_dict: Mapping[str, Tensor], said: Iterable[Mapping[str, Any]] = ()) -> tuple[int, int] | None:
     """The (h, w) grid that our models note in the metadata of their state dict (see `note_grid`).
 
-    None where nothing is noted, where the notes differ, or where the tables and positions have another length: then
-    they were replaced after the note was made.
+    None where nothing is noted, nothing depends on it, the notes differ, or the tables and positions have another
+    length: then they were replaced after the note was made.
 
     Args:
         state_dict: names to tensors, of any dialect.
@@ -83,7 +83,8 @@ def noted_grid(state_dict: Mapping[str, Tensor], said: Iterable[Mapping[str, Any
     h, w = grid
     rows = {tensor.shape[0] for name, tensor in state_dict.items() if name.endswith(TABLE) and tensor.ndim == 2}
     tokens = {tensor.shape[1] for name, tensor in state_dict.items() if name.endswith(_POSITIONS) and tensor.ndim == 3}
-    return (h, w) if rows <= {num_relative_distance((h, w))} and tokens <= {1 + h * w} else None
+    fits = rows <= {num_relative_distance((h, w))} and tokens <= {1 + h * w}
+    return (h, w) if fits and (rows or tokens) else None
 
 
 def stated_grid(state_dict: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .convert import CheckpointError
+from .convert import some
+from .errors import CheckpointError, brief
 from .hf_options import ENCODER, OF_TASK, ROWS, Task, is_whole, stage_names
 
-__all__ = ['HFConfig', 'read_config', 'write_config']
+__all__ = ['HFConfig', 'read_config', 'read_json', 'write_config']
+
+_NESTED = 20  # levels of a JSON file; those of transformers have 3
 
 _ARCHITECTURES: dict[Task, str] = {
     'encoder': 'BeitModel',
@@ -75,7 +78,7 @@ def read_config(source: str | Path | Mapping[str, Any], strict: bool = True) -> 
     options, _ = _options(raw, strict)
     names = raw.get('architectures') or []
     if not isinstance(names, list | tuple):
-        raise CheckpointError(f'architectures must be a list of names, got {names!r}')
+        raise CheckpointError(f'architectures must be a list of names, got {brief(names)}')
     known: list[Task] = [task for task, name in _ARCHITECTURES.items() if name in names]
     task = known[0] if known else 'encoder'
     arguments = _arguments(options, task)
@@ -134,25 +137,41 @@ def _load(path: Path) -> dict[str, Any]:
     path = path / 'config.json' if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f'{path} does not exist; give a config.json, its folder or its contents')
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: cut off, no JSON, no object, or nested far deeper than transformers nests.
+    """
     try:
         loaded = json.loads(path.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f'{path} is cut off or no JSON ({error}); fetch or save it again') from error
     if not isinstance(loaded, dict):
-        raise CheckpointError(f'{path} holds a {type(loaded).__name__}, not the options of a model by name')
+        raise CheckpointError(f'{path} holds a {type(loaded).__name__}, expected an object with names')
+    if _is_deeper(loaded, _NESTED):
+        raise CheckpointError(f'{path} nests more than {_NESTED} levels, so it is none of transformers; fetch it again')
     return loaded
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (levels == 0 or any(_is_deeper(item, levels - 1) for item in inner))
 
 
 def _options(raw: Mapping[str, Any], strict: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
     """All options of a configuration, and what else it holds."""
     if raw.get('model_type', 'beit') != 'beit':
-        raise CheckpointError(f"this is the configuration of model_type {raw['model_type']!r}, not of 'beit'")
+        raise CheckpointError(f"this is the configuration of model_type {brief(raw['model_type'])}, not of 'beit'")
     found = {name: value for name, value in raw.items() if name not in ('stage_names', 'segmentation_indices')}
     if found.get('out_indices') is None and 'segmentation_indices' in raw:
         found['out_indices'] = raw['segmentation_indices']  # its name in some 4.x releases
     unknown = [str(name) for name in found if name not in ROWS and name not in _COMMON]
     if strict and unknown:
-        raise CheckpointError(f"{', '.join(unknown)}: transformers' BEiT has no such option; correct or remove it")
+        raise CheckpointError(f"{some(unknown)}: transformers' BEiT has no such option; correct or remove it")
     options = {name: found.get(name, row.default) for name, row in ROWS.items()}
     return options, {name: value for name, value in found.items() if name not in ROWS}
 
@@ -160,7 +179,8 @@ def _options(raw: Mapping[str, Any], strict: bool = True) -> tuple[dict[str, Any
 def _num_labels(raw: Mapping[str, Any]) -> int:
     labels, number = raw.get('id2label'), raw.get('num_labels')
     if not isinstance(labels, Mapping | None) or not (number is None or is_whole(number, 0)):
-        raise CheckpointError(f'id2label must name labels and num_labels be their number, got {labels!r}, {number!r}')
+        got = f'{brief(labels)}, {brief(number)}'
+        raise CheckpointError(f'id2label must name labels and num_labels be their number, got {got}')
     counted = number if labels is None else len(labels)
     if number is not None and number != counted:
         raise CheckpointError(f'num_labels is {number}, but id2label has {counted}')
@@ -174,14 +194,14 @@ def _stages(options: Mapping[str, Any]) -> list[int]:
     wrong = [name for name in names or () if name not in known]
     wrong += [i for i in indices or () if not -depth - 1 <= i <= depth]
     if wrong:
-        raise CheckpointError(f'out_features or out_indices has {wrong}, but stages are stem (0) to stage{depth}')
+        raise CheckpointError(f'out_features or out_indices has {brief(wrong)}, but stages are stem (0) to stage{depth}')
     by_name = None if names is None else [known.index(name) for name in names]
     by_index = None if indices is None else [i % (depth + 1) for i in indices]
     stages = by_index if by_index is not None else by_name if by_name is not None else [depth]
     if by_name not in (None, stages):
-        raise CheckpointError(f'out_features {names} and out_indices {indices} are not the same stages')
+        raise CheckpointError(f'out_features {brief(names)} and out_indices {brief(indices)} are not the same stages')
     if stages != sorted(set(stages)):
-        raise CheckpointError(f'transformers takes each stage once and in ascending order, but these are {stages}')
+        raise CheckpointError(f'transformers takes each stage once and in ascending order, but these are {brief(stages)}')
     return stages
 
 
@@ -192,7 +212,7 @@ def _arguments(options: Mapping[str, Any], task: Task) -> dict[str, Any]:
         try:
             read[name] = row.read(options[name])
         except ValueError as error:
-            raise CheckpointError(f'{name} must be {error}, got {options[name]!r}') from None
+            raise CheckpointError(f'{name} must be {error}, got {brief(options[name])}') from None
     arguments = {ours: read[row.theirs] for row in ENCODER + OF_TASK[task] for ours in row.ours.split()}
     arguments['mlp_ratio'] = read['intermediate_size'] / read['hidden_size']
     # transformers does not see what lies beyond the last whole patch, ours would pad it to a patch
@@ -201,7 +221,7 @@ def _arguments(options: Mapping[str, Any], task: Task) -> dict[str, Any]:
         raise CheckpointError(f'image_size {options["image_size"]} is less than a patch of {options["patch_size"]}')
     stages, depth = _stages(options), read['num_hidden_layers']
     if len(stages) != 4 and (read['add_fpn'] or task == 'segmentor'):
-        raise CheckpointError(f'a pyramid needs exactly 4 out_indices, got {options["out_indices"]}')
+        raise CheckpointError(f'a pyramid needs exactly 4 out_indices, got {brief(options["out_indices"])}')
     if task == 'mim' and read['use_mean_pooling'] == 'token':
         raise CheckpointError('without use_mean_pooling transformers normalises twice before its MIM head, ours once')
     if task == 'backbone':

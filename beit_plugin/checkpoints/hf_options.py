@@ -3,7 +3,6 @@
 Source: transformers 5.24, ``models/beit/configuration_beit.py``. Only modules are looked at, no model class is needed.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +25,10 @@ ACTIVATIONS = {
     'relu': 'relu', 'relu6': 'relu6', 'leaky_relu': 'leaky_relu', 'selu': 'selu', 'silu': 'silu', 'swish': 'silu',
     'mish': 'mish', 'hardswish': 'hardswish', 'sigmoid': 'sigmoid', 'tanh': 'tanh', 'linear': 'identity',
 }  # fmt: skip
+
+
+LARGEST = 1 << 20  # of all whole numbers in a file, far above any model
+DEEPEST = 1000  # blocks: their names are listed before the weights are compared
 
 
 class Row(NamedTuple):
@@ -57,9 +60,9 @@ def _kind(words: str, fits: Callable[[Any], bool], convert: Callable[[Any], Any]
     return read
 
 
-def is_whole(value: Any, least: float = -math.inf) -> bool:
-    """Whether a value is a whole number of at least so much; True is none."""
-    return type(value) is int and value >= least
+def is_whole(value: Any, least: float = -LARGEST, most: float = LARGEST) -> bool:
+    """True for an int (not a bool) from `least` to `most`."""
+    return type(value) is int and least <= value <= most
 
 
 def _all(value: Any, fits: Callable[[Any], bool]) -> bool:
@@ -79,21 +82,26 @@ def _single(rate: float) -> float:
     return float(str(np.float32(rate)))
 
 
-_count = _kind('a whole number of at least 1', _positive, int)
-_number_of_convs = _kind('a whole number of at least 0', lambda v: is_whole(v, 0), int)
-_label = _kind('a whole number', is_whole, int)
-_number = _kind('a number of at least 0', lambda v: _between(v, math.inf), float)
+_count = _kind(f'a whole number from 1 to {LARGEST}', _positive, int)
+_depth = _kind(f'a whole number from 1 to {DEEPEST}', lambda v: is_whole(v, 1, DEEPEST), int)
+_number_of_convs = _kind(f'a whole number from 0 to {DEEPEST}', lambda v: is_whole(v, 0, DEEPEST), int)
+_label = _kind(f'a whole number from {-LARGEST} to {LARGEST}', is_whole, int)
+_number = _kind('a number of at least 0 that float32 can hold', lambda v: _between(v, 3e38), float)
 _rate = _kind('a number of at least 0 and below 1', lambda v: _between(v, 1), float)
 _path_rate = _kind('a number of at least 0 and below 1', lambda v: _between(v, 1), _single)
 _flag = _kind('true or false', lambda v: isinstance(v, bool), bool)
 _pool = _kind('true or false', lambda v: isinstance(v, bool), {True: 'avg', False: 'token'}.__getitem__)
 _act = _kind(f'one of {", ".join(ACTIVATIONS)}', lambda v: isinstance(v, str) and v in ACTIVATIONS, ACTIVATIONS.get)
 _size = _kind(
-    'a whole number of at least 1, or two of them (height, width)',
+    f'a whole number from 1 to {LARGEST}, or two of them (height, width)',
     lambda v: _positive(v) or (_all(v, _positive) and len(v) == 2),
     lambda v: (v, v) if isinstance(v, int) else tuple(v),
 )
-_scales = _kind('a list of whole numbers of at least 1', lambda v: _all(v, _positive) and len(v) > 0, tuple)
+_scales = _kind(
+    f'a list of whole numbers from 1 to {DEEPEST}',
+    lambda v: _all(v, lambda item: is_whole(item, 1, DEEPEST)) and 0 < len(v) <= DEEPEST,
+    tuple,
+)
 _names = _kind('a list of names', lambda v: v is None or _all(v, lambda item: isinstance(item, str)), lambda v: v)
 _indices = _kind('a list of whole numbers', lambda v: v is None or _all(v, is_whole), lambda v: v)
 
@@ -169,7 +177,7 @@ def _named_stages(model: Any) -> list[str]:
 
 ENCODER = (
     Row('hidden_size', 768, _count, 'embed_dim', lambda e: [e.embed_dim]),
-    Row('num_hidden_layers', 12, _count, 'depth', lambda e: [len(e.blocks)]),
+    Row('num_hidden_layers', 12, _depth, 'depth', lambda e: [len(e.blocks)]),
     Row('num_attention_heads', 12, _count, 'num_heads', lambda e: [b.attn.num_heads for b in e.blocks]),
     Row('intermediate_size', 3072, _count, 'mlp_ratio', lambda e: [b.mlp.fc1.out_features for b in e.blocks]),
     Row('hidden_act', 'gelu', _act, 'act_layer', _hidden_act),

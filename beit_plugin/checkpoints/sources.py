@@ -1,7 +1,6 @@
 """Where a checkpoint comes from: a file, a folder of transformers, a URL, a hub id, or a state dict in memory."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,10 +10,12 @@ from urllib.parse import urlparse
 
 import torch
 
-from .convert import CheckpointError, StateDict
+from .convert import StateDict
+from .errors import CheckpointError, brief
 from .files import is_file_name, open_wrappers, read_metadata, read_state_dict
-from .grids import noted_grid
-from .hf_config import HFConfig, read_config
+from .grids import noted_grid, with_grid
+from .hf_agreement import check_agreement, grid_of
+from .hf_config import HFConfig, read_config, read_json
 
 __all__ = ['Source', 'config_beside', 'read_source']
 
@@ -67,8 +68,10 @@ def read_source(
         state_dict = _read_shards(path)
     else:
         state_dict = read_state_dict(path, stand_ins)
-    config = config_beside(path)
-    return Source(text, state_dict, config, _grid_of(config) or _grid_in(path) or noted_grid(state_dict))
+    stated = _grid_in(path) or noted_grid(state_dict)
+    config = config_beside(path, with_grid(state_dict, stated))
+    grid = stated if config is None else grid_of(config)
+    return Source(text, with_grid(state_dict, grid), config, grid)
 
 
 def _weights_in(folder: Path) -> Path:
@@ -79,16 +82,22 @@ def _weights_in(folder: Path) -> Path:
 
 
 def _read_shards(index: Path) -> StateDict:
-    try:
-        names = sorted(set(json.loads(index.read_text())['weight_map'].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f'{index} is no list of checkpoint files ({error}); fetch or save it again') from error
+    weight_map = read_json(index).get('weight_map')
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f'{index} has no weight_map, so it lists no checkpoint files; fetch or save it again')
+    names = dict.fromkeys(map(_file_beside, weight_map.values()))
+    if None in names or not names:
+        raise CheckpointError(f'{index} must name checkpoint files beside it, got {brief([*weight_map.values()])}')
     state_dict: StateDict = {}
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f'{index} names {name!r}, which is no file beside it')
-        state_dict.update(read_state_dict(index.parent / name))
+        state_dict.update(read_state_dict(index.with_name(str(name))))
     return state_dict
+
+
+def _file_beside(name: Any) -> str | None:
+    """The name, where it can be that of a checkpoint file in the same folder."""
+    is_name = isinstance(name, str) and len(name) <= 255 and Path(name).name == name and is_file_name(Path(name))
+    return name if is_name else None
 
 
 def _download(url: str) -> Path:
@@ -132,29 +141,28 @@ def _from_hub(hub_id: str) -> Path:
     ) from error
 
 
-def config_beside(path: Path) -> HFConfig | None:
-    """The configuration of transformers beside a file of weights; None where there is none of BEiT."""
-    config = path.with_name('config.json')
-    if not path.name.startswith(('model', 'pytorch_model')) or not config.is_file():
+def config_beside(path: Path, state_dict: Mapping[str, Any]) -> HFConfig | None:
+    """The configuration of transformers beside a file of weights; None where there is none of BEiT.
+
+    Args:
+        path: of the weights.
+        state_dict: the weights.
+
+    Raises:
+        CheckpointError: it cannot be read, or contradicts the weights.
+    """
+    place = path.with_name('config.json')
+    if not path.name.startswith(('model', 'pytorch_model')) or not place.is_file():
+        return None
+    loaded = read_json(place)
+    if loaded.get('model_type') != 'beit':  # timm's repositories have a config.json of another kind
         return None
     try:
-        loaded = json.loads(config.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise CheckpointError(f'{config} is cut off or no JSON ({error}); fetch or save it again') from error
-    # timm's repositories have a config.json of another kind
-    return (
-        read_config(loaded, strict=False) if isinstance(loaded, dict) and loaded.get('model_type') == 'beit' else None
-    )
-
-
-def _grid_of(config: HFConfig | None) -> tuple[int, int] | None:
-    if config is None:
-        return None
-    size, patch = (
-        (value, value) if isinstance(value, int) else tuple(value)
-        for value in (config.arguments['img_size'], config.arguments['patch_size'])
-    )
-    return size[0] // patch[0], size[1] // patch[1]
+        config = read_config(loaded, strict=False)
+    except CheckpointError as error:
+        raise CheckpointError(f'{place}: {error}') from error
+    check_agreement(config, state_dict, place)
+    return config
 
 
 def _grid_in(path: Path) -> tuple[int, int] | None:

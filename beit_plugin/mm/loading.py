@@ -21,6 +21,9 @@ from torch import Tensor
 from ..checkpoints import CheckpointError, convert, detect
 from ..checkpoints.convert import Detection, read_names
 from ..checkpoints.files import is_damaged, open_wrappers
+from ..checkpoints.grids import metadata_of, noted_grid, with_grid
+from ..checkpoints.hf_agreement import grid_of
+from ..checkpoints.hf_config import HFConfig
 from ..checkpoints.sources import config_beside, read_source
 from ..checkpoints.tables import DIALECTS
 
@@ -79,24 +82,25 @@ def to_openmmlab(checkpoint: Any, path: Path | None = None) -> Any:
     if strange:
         _warn(f'the encoder of this segmentor has {strange[0]}, so it is no BEiT, and is left as it is')
         return checkpoint
+    is_hf = DIALECTS[found.dialect].tap_offset != 1 and path is not None
+    config = config_beside(path / 'model' if path.is_dir() else path, state_dict) if is_hf else None
+    grid = None if config is None else grid_of(config)
     try:
-        converted = convert(state_dict, to='mmseg')
+        converted = convert(state_dict, to='mmseg', grid=grid)
     except CheckpointError:  # what only our backbone has: absolute positions, a grid that is not square
-        converted = convert(state_dict, to='openmmlab')
-    _warn(f'read a segmentor of {found.dialect}{_trained_on(state_dict, found, path)}')
+        converted = convert(state_dict, to='openmmlab', grid=grid)
+    _warn(f'read a segmentor of {found.dialect}{_trained_on(state_dict, found, config)}')
     return _complete(checkpoint, converted)
 
 
-def _trained_on(state_dict: Mapping[str, Tensor], found: Detection, path: Path | None) -> str:
+def _trained_on(state_dict: Mapping[str, Tensor], found: Detection, config: HFConfig | None) -> str:
     """What is known of the blocks that a segmentor reads, for the message."""
     stages = next((state_dict[n] for n, ours in read_names(state_dict, found).items() if ours == 'stages'), None)
-    is_hf = DIALECTS[found.dialect].tap_offset != 1
-    config = config_beside(path / 'model' if path.is_dir() else path) if is_hf and path is not None else None
     if stages is not None:
         taps = [int(stage) - 1 for stage in stages.flatten().tolist()]
     elif config is not None and config.taps is not None:
         taps = list(config.taps)
-    elif is_hf:
+    elif DIALECTS[found.dialect].tap_offset != 1:
         return '; what its configuration calls out_indices=[3, 5, 7, 11] is out_indices=[1, 3, 5, 9] here'
     else:
         return '; the out_indices of its configuration are the same here'
@@ -110,16 +114,17 @@ def _complete(checkpoint: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
     """The checkpoint with this state dict; ``init_model`` reads a ``meta`` that not every file has."""
     others = {name: value for name, value in checkpoint.items() if not isinstance(value, Tensor)}
     ordered = OrderedDict(state_dict)
-    ordered._metadata = getattr(state_dict, '_metadata', OrderedDict())  # type: ignore[attr-defined]
+    ordered._metadata = metadata_of(state_dict)  # type: ignore[attr-defined]
     _offer_pyramid(ordered)
     return {'meta': {}, **others, 'state_dict': ordered}
 
 
 def _offer_pyramid(state_dict: OrderedDict[str, Any]) -> None:
-    """Shows the pyramid of the neck to the backbone: of the names it sees its own only, but also its metadata."""
+    """Shows the backbone the pyramid of the neck and its grid: of the names it sees its own only, but its metadata."""
     pyramid = {name: tensor for name, tensor in state_dict.items() if name.startswith('neck.upsample_')}
-    metadata = OrderedDict(getattr(state_dict, '_metadata', {}))
-    metadata['backbone'] = {**metadata.get('backbone', {}), NECK: pyramid}
+    metadata = metadata_of(state_dict)
+    noted = metadata_of(with_grid(state_dict, noted_grid(state_dict), 'backbone'))
+    metadata['backbone'] = {**metadata.get('backbone', {}), **noted.get('backbone', {}), NECK: pyramid}
     state_dict._metadata = metadata  # type: ignore[attr-defined]
 
 

@@ -95,7 +95,7 @@ def test_the_grid_of_index_buffers():
 )  # fmt: skip
 def test_a_grid_that_cannot_be_told(options, size, grid, sentence):
     with pytest.raises(CheckpointError, match=sentence):
-        describe(beit(img_size=size, **options).state_dict(), grid)
+        describe(dict(beit(img_size=size, **options).state_dict()), grid)
 
 
 def test_table_and_positions_of_two_grids():
