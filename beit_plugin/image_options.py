@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ Backend = Literal['torch', 'pil']
 Size = int | Sequence[int] | Mapping[str, int]
 Options = TypeVar('Options', bound='ImageOptions')
 CONFIG_NAME = 'preprocessor_config.json'
+_LONGEST = 1 << 14  # pixels of a side: 16384 x 16384 RGB images take 3 GiB as float32
 _HUB_ID = re.compile(r'[\w.-]+/(?!.*\.json$)[\w.-]+')
 _SQUARE = ({'height', 'width'},)
 _SIZES = (*_SQUARE, {'shortest_edge'}, {'shortest_edge', 'longest_edge'}, {'max_height', 'max_width'})
@@ -220,11 +222,11 @@ def resized_size(size: Mapping[str, int], height: int, width: int) -> tuple[int,
 
 
 def _wrong(name: str, value: Any, expected: str) -> ValueError:
-    return ValueError(f'{name} is {value!r}, expected {expected}: correct it or leave it out')
+    return ValueError(f'{name} is {reprlib.repr(value)}, expected {expected}: correct it or leave it out')
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38  # as float32
 
 
 def _numbers(value: Any, name: str) -> list[float]:
@@ -242,8 +244,8 @@ def _size(value: Any, name: str, forms: tuple[set[str], ...]) -> dict[str, int]:
     if not isinstance(pair, Mapping) or set(pair) not in forms:
         listed = ' or '.join(str(sorted(form)) for form in forms)
         raise _wrong(name, value, f'pixels: an int, (height, width), or a dict with {listed}')
-    if not all(isinstance(x, Integral) and not isinstance(x, bool) and int(x) > 0 for x in pair.values()):
-        raise _wrong(name, value, 'whole numbers of pixels above 0')
+    if not all(isinstance(x, Integral) and not isinstance(x, bool) and 0 < int(x) <= _LONGEST for x in pair.values()):
+        raise _wrong(name, value, f'whole numbers of pixels from 1 to {_LONGEST}')
     return {side: int(x) for side, x in pair.items()}
 
 

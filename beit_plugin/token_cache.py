@@ -41,11 +41,30 @@ class TokenCache:
             if said is None or not {'tokens', 'present'} <= set(file.keys()):
                 raise ValueError(f'{self.path} is no file of tokens: give one that tools/cache_tokens.py made')
             self._present: Tensor = file.get_tensor('present')
-        self.about: dict[str, Any] = json.loads(said)
+            tokens = file.get_slice('tokens')
+            shape, dtype = tokens.get_shape(), tokens.get_dtype()
+        self.about: dict[str, Any] = self._read(said)
         self.num_views: int = self.about['num_views']
         self.seed: int = self.about['seed']
         self.vocab_size: int = self.about['vocab_size']
         self.tokenizer: str = self.about['tokenizer']
+        if len(shape) != 4 or shape[:2] != [*self._present.shape, self.num_views] or dtype not in ('U16', 'I32'):
+            raise ValueError(
+                f'{self.path} has tokens of shape {shape} and dtype {dtype}, expected ({len(self._present)} images, '
+                f'{self.num_views} views, h, w) of U16 or I32, as the rest of it says: {_AGAIN}'
+            )
+
+    def _read(self, said: str) -> dict[str, Any]:
+        """What the file says of its tokens."""
+        try:
+            about = json.loads(said)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'{self.path} says what it holds in broken JSON ({error}): {_AGAIN}') from error
+        kinds = {'num_views': int, 'seed': int, 'vocab_size': int, 'tokenizer': str}
+        wrong = [n for n, kind in kinds.items() if not isinstance(about, dict) or type(about.get(n)) is not kind]
+        if wrong:
+            raise ValueError(f'{self.path} does not say {", ".join(wrong)} of its tokens: {_AGAIN}')
+        return about
 
     def _open(self) -> Any:
         if not Path(self.path).is_file():
@@ -61,12 +80,19 @@ class TokenCache:
         return {**vars(self), '_slices': None}  # a map of the file does not go to another process
 
     def tokens(self, index: int, view: int) -> Tensor | None:
-        """Those of a view of an image, (h, w) int64; None where the image could not be read."""
+        """Those of a view of an image, (h, w) int64; None where the image could not be read.
+
+        Raises:
+            ValueError: numbers that are no tokens of the vocabulary.
+        """
         if not self._present[index]:
             return None
         if self._slices is None:
             self._slices = self._open().get_slice('tokens')
-        return self._slices[index : index + 1, view : view + 1][0, 0].long()
+        tokens = self._slices[index : index + 1, view : view + 1][0, 0].long()
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            raise ValueError(f'{self.path} has tokens that are none of its {self.vocab_size}: {_AGAIN}')
+        return tokens
 
     def check(self, about: Mapping[str, Any]) -> None:
         """Raises ValueError unless the tokens are of these images and views, as ``ImageFiles.about_tokens`` says."""

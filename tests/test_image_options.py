@@ -137,7 +137,7 @@ class TestFiles:
         (dict(do_resiz=False), r'do_resiz is no option of the image processor: did you mean do_resize\?'),
         (dict(colour=1), r'colour is no option of the image processor: expected one of do_resize, size, '),
         (dict(do_resize=1), r'do_resize is 1, expected True or False: correct it or leave it out'),
-        (dict(size=0), r'size is 0, expected whole numbers of pixels above 0'),
+        (dict(size=0), r'size is 0, expected whole numbers of pixels from 1 to 16384'),
         (dict(size=2.5), r'size is 2\.5, expected pixels: an int, \(height, width\), or a dict with'),
         (dict(size=(1, 2, 3)), r'size is \(1, 2, 3\), expected pixels'),
         (dict(size={'width': 3}), r"size is \{'width': 3\}, expected pixels"),

@@ -76,7 +76,8 @@ class Fitted(NamedTuple):
     def _may_lack_norm(self, given: set[str]) -> bool:
         """Whether the final norm may start anew: by request, or with the head after it where training had none."""
         heads = {part_of(name) for name in self.own} & {'head', 'lm_head', 'decode_head'}
-        had_none = 'fc_norm' in given or 'fc_norm.weight' in self.dropped or self.found.task in ('backbone', 'segmentor')
+        is_pooled = 'fc_norm' in given or 'fc_norm.weight' in self.dropped
+        had_none = is_pooled or self.found.task in ('backbone', 'segmentor')
         return bool(self.leave_out.fullmatch('norm')) or (had_none and bool(heads) and not heads & given)
 
 
@@ -221,7 +222,7 @@ def fit(
     Args:
         state_dict: names to tensors; read only.
         model: one that holds an encoder of this package; read only.
-        grid: (h, w) in patches that it was trained at; needed where that was neither square nor the model's, nor stated.
+        grid: (h, w) in patches that it was trained at; needed where it is neither stated, nor square, nor the model's.
         out_indices: 0-based blocks that a segmentor was trained on; by default those that its dialect means by the
             ``out_indices`` that the model was built with.
         leave_out: matches the names, ours or theirs, that are not wanted.

@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from math import isqrt
-
 from typing import Any
 
 import torch

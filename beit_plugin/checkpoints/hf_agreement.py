@@ -87,9 +87,7 @@ def _sizes(config: HFConfig, shapes: _Shapes) -> Iterator[tuple[str, Any, Any, s
             yield 'auxiliary_concat_input', said['auxiliary_concat_input'], cat in shapes, cat
 
 
-def _grids(
-    config: HFConfig, shapes: _Shapes, state_dict: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Any, Any, str]]:
+def _grids(config: HFConfig, shapes: _Shapes, state_dict: Mapping[str, Tensor]) -> Iterator[tuple[str, Any, Any, str]]:
     h, w = grid_of(config)
     said = f'image_size / patch_size = {h}x{w} patches and so'
     for name, shape in shapes.items():

@@ -194,14 +194,18 @@ def _stages(options: Mapping[str, Any]) -> list[int]:
     wrong = [name for name in names or () if name not in known]
     wrong += [i for i in indices or () if not -depth - 1 <= i <= depth]
     if wrong:
-        raise CheckpointError(f'out_features or out_indices has {brief(wrong)}, but stages are stem (0) to stage{depth}')
+        raise CheckpointError(
+            f'out_features or out_indices has {brief(wrong)}, but stages are stem (0) to stage{depth}'
+        )
     by_name = None if names is None else [known.index(name) for name in names]
     by_index = None if indices is None else [i % (depth + 1) for i in indices]
     stages = by_index if by_index is not None else by_name if by_name is not None else [depth]
     if by_name not in (None, stages):
         raise CheckpointError(f'out_features {brief(names)} and out_indices {brief(indices)} are not the same stages')
     if stages != sorted(set(stages)):
-        raise CheckpointError(f'transformers takes each stage once and in ascending order, but these are {brief(stages)}')
+        raise CheckpointError(
+            f'transformers takes each stage once and in ascending order, but these are {brief(stages)}'
+        )
     return stages
 
 

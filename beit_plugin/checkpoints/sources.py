@@ -83,21 +83,19 @@ def _weights_in(folder: Path) -> Path:
 
 def _read_shards(index: Path) -> StateDict:
     weight_map = read_json(index).get('weight_map')
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f'{index} has no weight_map, so it lists no checkpoint files; fetch or save it again')
-    names = dict.fromkeys(map(_file_beside, weight_map.values()))
-    if None in names or not names:
-        raise CheckpointError(f'{index} must name checkpoint files beside it, got {brief([*weight_map.values()])}')
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{index} is no list of checkpoint files, for it has no weight_map; fetch it again')
     state_dict: StateDict = {}
-    for name in names:
-        state_dict.update(read_state_dict(index.with_name(str(name))))
+    for name in {brief(name): name for name in weight_map.values()}.values():
+        if not _is_beside(name):
+            raise CheckpointError(f'{index} names {brief(name)}, which is no checkpoint file beside it; fetch it again')
+        state_dict.update(read_state_dict(index.with_name(name)))
     return state_dict
 
 
-def _file_beside(name: Any) -> str | None:
-    """The name, where it can be that of a checkpoint file in the same folder."""
-    is_name = isinstance(name, str) and len(name) <= 255 and Path(name).name == name and is_file_name(Path(name))
-    return name if is_name else None
+def _is_beside(name: Any) -> bool:
+    """Whether this can be the name of a checkpoint file in the same folder."""
+    return isinstance(name, str) and len(name) < 256 and Path(name).name == name and is_file_name(Path(name))
 
 
 def _download(url: str) -> Path:

@@ -140,11 +140,18 @@ def vqkd_arguments(ours: State, grid: tuple[int, int] | None = None, num_heads: 
         CheckpointError: something that tells a size is missing, or nothing tells the heads.
     """
     stated = ours.get('geometry')
-    if stated is not None and tuple(stated.shape) == (3,):
+    if stated is not None:
+        if stated.shape != (3,) or stated.is_floating_point() or int(stated.min()) < 1:
+            raise CheckpointError(f'geometry must be three whole numbers (h, w, heads) of at least 1, got {stated}')
         h, w, heads = stated.tolist()
         grid, num_heads = (h, w) if grid is None else grid, heads if num_heads is None else num_heads
     encoder = _describe(ours, 'encoder', grid)
     dim = encoder.pop('embed_dim')
+    known = encoder.pop('num_heads', num_heads)
+    if num_heads not in (None, known) or (num_heads and dim % num_heads):
+        of = f'width {dim}' if num_heads == known else f'width {dim} and bias tables of {known} heads'
+        raise CheckpointError(f'{num_heads} attention heads do not fit a VQ-KD of {of}; give num_heads=...')
+    num_heads = known
     if num_heads is None and dim % 64:
         raise CheckpointError(f'nothing tells the attention heads of this VQ-KD of width {dim}; give num_heads=...')
     num_heads = num_heads or dim // 64

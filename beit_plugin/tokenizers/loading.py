@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..checkpoints import sources as checkpoint_sources
 from ..checkpoints.convert import CheckpointError, some
 from ..checkpoints.files import SUFFIXES, write_atomically, write_state_dict
+from ..checkpoints.grids import with_grid
 from .base import Tokenizer
 from .dalle import DalleDecoder, DalleEncoder, DalleTokenizer
 from .dialects import (
@@ -54,7 +55,7 @@ def load_tokenizer(
         source: a key of ``PUBLISHED``; a file, folder, URL, hub id or state dict as in ``checkpoints.load``; several of
             them whose tensors belong together, such as encoder and decoder of a dVAE; or a folder with ``encoder.pkl``
             and ``decoder.pkl`` (or another suffix). OpenAI's published pickles of whole modules are read too.
-        grid: (h, w) patches of a VQ-KD's native size, where that is not square and the file does not say so.
+        grid: (h, w) patches of a VQ-KD's native size, where that is not square and the file does not state it.
         num_heads: of a VQ-KD, where the file does not say so and it is not width / 64.
         options: ``input_size`` and ``compute_dtype`` for a dVAE; those of ``VQKD`` that are no sizes for a VQ-KD, such
             as ``attn_backend``.
@@ -63,13 +64,13 @@ def load_tokenizer(
         CheckpointError: an unknown name, nothing there, no tokenizer, or one that is not whole.
         ValueError: options that do not fit.
     """
-    state_dict, name = _read(source)
+    state_dict, name, stated = _read(source)
     parts = dalle_parts(state_dict)
     prefix = find_prefix(state_dict, VQKD_SIGNATURE)
     if 'encoder' in parts:
         tokenizer: Tokenizer = _dalle(parts, name, **options)
     elif prefix is not None:
-        tokenizer = _vqkd(read_vqkd(state_dict, prefix), name, grid, num_heads, **options)
+        tokenizer = _vqkd(read_vqkd(state_dict, prefix), name, grid or stated, num_heads, **options)
     elif 'decoder' in parts:
         raise CheckpointError(f'{name} holds the decoder of a dVAE alone; give the encoder too, as [encoder, decoder]')
     else:
@@ -80,8 +81,8 @@ def load_tokenizer(
     return tokenizer.eval().requires_grad_(False)
 
 
-def _read(source: Source | Sequence[Source]) -> tuple[dict[str, Tensor], str]:
-    """All tensors of the source, and what to call it in messages."""
+def _read(source: Source | Sequence[Source]) -> tuple[dict[str, Tensor], str, tuple[int, int] | None]:
+    """All tensors of the source, what to call it in messages, and the grid that the last file states."""
     if isinstance(source, str) and source in PUBLISHED:
         source = PUBLISHED[source]
     elif isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
@@ -93,13 +94,14 @@ def _read(source: Source | Sequence[Source]) -> tuple[dict[str, Tensor], str]:
         )
     sources = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
     state_dict: dict[str, Tensor] = {}
-    names = []
+    names, grid = [], None
     for i, one in enumerate(sources):
         read = checkpoint_sources.read_source(one, MODULE_STAND_INS)
         names.append(read.name)
+        grid = read.grid
         # the two halves of a dVAE have the same names
         state_dict |= {f'{i}.{n}' if len(sources) > 1 else n: t for n, t in read.state_dict.items()}
-    return state_dict, ' and '.join(names)
+    return state_dict, ' and '.join(names), grid
 
 
 def _dalle(
@@ -173,10 +175,12 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str], dialect: 
         raise CheckpointError(
             f'{type(tokenizer).__name__} can be saved as {", ".join(known)}, got the dialect {dialect!r}; choose one'
         )
-    state = dict(tokenizer.state_dict())
+    state, metadata = dict(tokenizer.state_dict()), {'dialect': dialect}
     if dialect != 'native' and isinstance(tokenizer, VQKD):
-        state = write_vqkd(state, dialect, tokenizer.encoder.window_size)
+        h, w = tokenizer.encoder.window_size
+        state = with_grid(write_vqkd(state, dialect, (h, w)), (h, w))
+        metadata['grid'] = f'{h}x{w}'
     if dialect == 'unilm' and path.suffix != '.safetensors':
         write_atomically(path, lambda temporary: torch.save({'model': state}, temporary))  # where its loader looks
     else:
-        write_state_dict(state, path, {'dialect': dialect})
+        write_state_dict(state, path, metadata)

@@ -142,7 +142,9 @@ class TestFolders:
         assert relative_error(model(images(32, 32)), theirs(images(32, 32)).logits) <= 1e-5
         index['weight_map']['x'] = '../secret.safetensors'
         (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
-        with pytest.raises(CheckpointError, match=r"names '../secret.safetensors', which is no file beside it"):
+        with pytest.raises(
+            CheckpointError, match=r"names '../secret.safetensors', which is no checkpoint file beside it"
+        ):
             load(model, tmp_path)
 
     def test_a_folder_without_weights(self, tmp_path):

@@ -143,7 +143,7 @@ def test_broken_configuration_and_index(tmp_path):
     with pytest.raises(CheckpointError, match=r'config.json is cut off or no JSON'):
         read_source(tmp_path)
     (tmp_path / 'model.safetensors').rename(tmp_path / 'other.safetensors')
-    for content in ('{"weight_map"', '[]', '{"weight_map": 3}'):
+    for content in ('{}', '{"weight_map": {}}', '{"weight_map": 3}'):
         (tmp_path / 'model.safetensors.index.json').write_text(content)
         with pytest.raises(CheckpointError, match='is no list of checkpoint files'):
             read_source(tmp_path)
