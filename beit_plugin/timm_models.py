@@ -68,7 +68,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 def _published_grid(state_dict: dict[str, Tensor], model: Any) -> tuple[int, int] | None:
     """The grid of the published weights that timm is loading; None for a file of the user's, which may be of any."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    if cfg.get('file') or not cfg.get('input_size'):
+    if cfg.get('file') or cfg.get('state_dict') or not cfg.get('input_size'):
         return None
     h, w = (size // 16 for size in cfg['input_size'][1:])  # all of them have patches of 16
     return noted_grid(with_grid(state_dict, (h, w)))

@@ -110,6 +110,10 @@ class TestFiles:
             ('', 'is cut off or no JSON .*: fetch or save it again'),
             ('{"size": 2', 'is cut off or no JSON'),
             ('[' * 9999, 'is cut off or no JSON'),
+            ('{"size": %s}' % ('[' * 500 + ']' * 500), r': size is \[+\.\.\.\]+, expected pixels'),
+            ('{"size": 1000000000}', ': size is 1000000000, expected whole numbers of pixels from 1 to 16384'),
+            ('{"crop_size": [16, 20000]}', r': crop_size is \[16, 20000\], expected whole numbers of pixels'),
+            ('{"rescale_factor": 1%s}' % ('0' * 400), ': rescale_factor is 1.*, expected a number above 0'),
             (b'\xff\xfe\x00', 'is cut off or no JSON'),
             ('[1]', 'holds a list, expected options by name: fetch or save it again'),
             (

@@ -1,5 +1,6 @@
 """Files of tokens: what they hold, what they must be of."""
 
+import json
 import pickle
 
 import pytest
@@ -104,6 +105,51 @@ def test_other_views(root, cache, views, options, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         ImageFiles(root, made, token_cache=cache, **options)
     assert '\n' not in str(caught.value)
+
+
+SAID = {'images': 2, 'num_views': 1, 'seed': 0, 'vocab_size': 8, 'tokenizer': 'small'}
+
+
+@pytest.mark.parametrize(
+    ('said', 'tensors', 'sentence'),
+    [
+        ('{"num_views": 1', {}, 'says what it holds in broken JSON'),
+        ('[' * 10**5, {}, 'says what it holds in broken JSON'),
+        ('[1]', {}, 'does not say num_views, seed, vocab_size, tokenizer of its tokens'),
+        ({**SAID, 'vocab_size': '8', 'seed': True}, {}, 'does not say seed, vocab_size of its tokens'),
+        (
+            {**SAID, 'num_views': 10**9},
+            {},
+            r'has tokens of shape \[2, 1, 2, 2\] .*, expected \(2 images, 1000000000 views',
+        ),
+        (SAID, {'present': torch.ones(3, dtype=torch.uint8)}, r'expected \(3 images, 1 views, h, w\)'),
+        (SAID, {'present': torch.ones(2, 1, dtype=torch.uint8)}, 'has tokens of shape'),
+        (SAID, {'tokens': torch.zeros(2, 1, 2, 2)}, 'dtype F32, expected'),
+        (SAID, {'tokens': torch.zeros(2, 1, 4, dtype=torch.int32)}, 'has tokens of shape'),
+    ],
+    ids=range(9),
+)
+def test_files_that_contradict_themselves(said, tensors, sentence, tmp_path):
+    path = tmp_path / 'x.safetensors'
+    whole = {
+        'tokens': torch.zeros(2, 1, 2, 2, dtype=torch.int32),
+        'present': torch.ones(2, dtype=torch.uint8),
+        **tensors,
+    }
+    save_file(whole, path, {'beit_plugin_tokens': said if isinstance(said, str) else json.dumps(said)})
+    with pytest.raises(ValueError, match=sentence):
+        TokenCache(path)
+
+
+@pytest.mark.parametrize('token', [-1, 8, 10**6])
+def test_numbers_that_are_no_tokens(token, tmp_path):
+    tokens = torch.tensor([[[[0, 7]]], [[[0, token]]]], dtype=torch.int32)
+    whole = {'tokens': tokens, 'present': torch.ones(2, dtype=torch.uint8)}
+    save_file(whole, tmp_path / 'x.safetensors', {'beit_plugin_tokens': json.dumps(SAID)})
+    cache = TokenCache(tmp_path / 'x.safetensors')
+    assert cache.tokens(0, 0).tolist() == [[0, 7]]
+    with pytest.raises(ValueError, match='has tokens that are none of its 8: make the file anew'):
+        cache.tokens(1, 0)
 
 
 def test_views_of_the_encoder_may_change(root, tmp_path):

@@ -137,6 +137,12 @@ def test_a_path_that_is_not_there(source):
         read_source(source)
 
 
+def test_a_tensor_that_is_larger_than_its_file(tmp_path):
+    torch.save({'blocks.0.norm1.weight': torch.zeros(1).expand(10**12)}, tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match='it would become far larger than the file'):
+        read_source(tmp_path / 'x.pth')
+
+
 def test_broken_configuration_and_index(tmp_path):
     write_state_dict(STATE, tmp_path / 'model.safetensors')
     (tmp_path / 'config.json').write_text('{"model_type": "be')
