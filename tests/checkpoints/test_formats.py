@@ -166,38 +166,6 @@ class TestParts:
         assert torch.equal(model.state_dict()[name], source[f'backbone.{name}'])
         assert {'pyramid', 'decode_head', 'auxiliary_head'} <= set(report.dropped)
 
-    @pytest.mark.parametrize(
-        'make, source, drop',
-        [
-            (lambda: beit(global_pool='token'), lambda: beit(global_pool='token'), ()),
-            (
-                lambda: beit(global_pool='token', num_classes=3),
-                lambda: beit(global_pool='token', num_classes=3),
-                ('head',),
-            ),
-            (lambda: backbone(final_norm=True), lambda: beit(num_classes=3), ()),  # mean-pooled: has another norm
-        ],
-    )
-    def test_a_final_norm_that_is_missing(self, make, source, drop):
-        state = {name: tensor for name, tensor in source().state_dict().items() if not name.startswith('norm.')}
-        with pytest.raises(
-            CheckpointError, match=r'it lacks norm\.weight, norm\.bias; name what to leave out by drop='
-        ):
-            load(make(), state, drop=drop)
-        assert 'norm' in load(make(), state, drop=(*drop, 'norm')).fresh
-
-    def test_a_final_norm_starts_anew_with_its_head(self):
-        """As the mean-pooled weights of a classifier have none, and the head to be trained comes after it."""
-        report = load(mim(use_shared_rel_pos_bias=False, use_rel_pos_bias=True), beit(num_classes=3).state_dict())
-        assert {'norm', 'lm_head'} <= set(report.fresh)
-
-    def test_a_missing_norm_through_the_hosts(self):
-        model = timm.create_model(NAME, **SIZES, num_classes=0, global_pool='token')
-        state = {n: t for n, t in mim(use_shared_rel_pos_bias=False, use_rel_pos_bias=True).state_dict().items()
-                 if not n.startswith(('norm.', 'lm_head.'))}  # fmt: skip
-        with pytest.raises(RuntimeError, match=r'Missing key.*norm\.weight'):
-            model.load_state_dict(state)
-
     def test_whole_and_in_parts(self):
         state = convert(beit().state_dict(), to='transformers')
         state['encoder.layer.1.attention.attention.qkv.weight'] = torch.zeros(3 * DIM, DIM)

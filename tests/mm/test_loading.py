@@ -24,12 +24,11 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
-from mmengine.runner.checkpoint import CheckpointLoader, get_state_dict, save_checkpoint, weights_to_cpu
+from mmengine.runner.checkpoint import CheckpointLoader
 from mmseg.apis import init_model
 
 from beit_plugin.checkpoints import CheckpointError, convert, save
 from beit_plugin.mm.loading import to_openmmlab
-from beit_plugin.models.resample import resize_rel_pos_bias_table
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec('transformers') is None, reason='needs the extra: test'
@@ -78,31 +77,6 @@ def test_an_encoder_alone_gets_a_hint(tmp_path, log):
     _, _, path = written('timm/encoder', tmp_path)
     load_checkpoint(encoder_decoder(ours=True), str(path), map_location='cpu')
     assert 'init_cfg of BEiTBackbone takes it' in log()
-
-
-@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
-@pytest.mark.parametrize('dialect', ['native', 'openmmlab', 'unilm', 'transformers'])
-def test_the_grid_of_a_file_counts(dialect, suffix, tmp_path):
-    """Tables of 25x41 patches are as long as those of 32x32."""
-    theirs = randomize(segmentor(img_size=(400, 656), out_indices=OTHER_TAPS, channels=DIM))
-    save(theirs, tmp_path / f'x.{suffix}', dialect=dialect)
-    model = encoder_decoder(ours=True)
-    model.backbone = MODELS.build({**BACKBONE, 'img_size': 512})
-    load_checkpoint(model, str(tmp_path / f'x.{suffix}'), map_location='cpu')
-    name = 'blocks.0.attn.relative_position_bias_table'
-    table = model.backbone.state_dict()[name.replace('blocks', 'layers')]
-    expected = resize_rel_pos_bias_table(theirs.backbone.state_dict()[name], (25, 41), (32, 32), 'geometric')
-    assert torch.equal(table, expected)
-
-
-def test_what_mmengine_saves_states_the_grid(tmp_path):
-    theirs = randomize(MODELS.build({**BACKBONE, 'img_size': (400, 656)}))
-    save_checkpoint({'state_dict': weights_to_cpu(get_state_dict(theirs)), 'meta': {}}, str(tmp_path / 'x.pth'))
-    model = MODELS.build({**BACKBONE, 'img_size': 512})
-    load_checkpoint(model, str(tmp_path / 'x.pth'), map_location='cpu', strict=True)
-    name = 'layers.0.attn.relative_position_bias_table'
-    expected = resize_rel_pos_bias_table(theirs.state_dict()[name], (25, 41), (32, 32), 'geometric')
-    assert torch.equal(model.state_dict()[name], expected)
 
 
 class TestTaps:
