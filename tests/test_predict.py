@@ -245,7 +245,7 @@ def test_segmentor_of_timm(tmp_path, monkeypatch, capsys, folder, more):
         (('--checkpoint', '.'), '--checkpoint . is a folder, expected a file'),
         (('--model', 'beit_none'), 'is no model of timm'),
         (('--checkpoint', 'none.pth'), '--checkpoint none.pth does not exist'),
-        (('--checkpoint', __file__), 'is cut off or no checkpoint file'),
+        (('--checkpoint', __file__), 'is cut off, damaged or no checkpoint file'),
         (
             ('--model', 'beit_plugin_base_patch16_224'),
             r'does not fit beit_plugin_base_patch16_224: size mismatch for .*more',

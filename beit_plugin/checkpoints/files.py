@@ -113,7 +113,7 @@ def read_file(
     except (SafetensorError, UnpicklingError, OSError) as error:
         kind = 'safetensors' if path.suffix == '.safetensors' else 'checkpoint'
         raise CheckpointError(
-            f'{path} is damaged, cut off or no {kind} file ({error}); fetch or save it again'
+            f'{path} is cut off, damaged or no {kind} file ({error}); fetch or save it again'
         ) from error
 
 

@@ -146,9 +146,9 @@ def _storage_id(pid: Any) -> tuple[torch.dtype, str, int]:
 
 def _read_archive(path: Path, known: Any, with_values: bool, budget: int) -> Any:
     with zipfile.ZipFile(path) as opened:
-        archive = _Archive(opened, path.stat().st_size)
-        if 'constants.pkl' in archive.entries:
+        if any(name.endswith('/constants.pkl') for name in opened.namelist()):
             raise UnknownName('TorchScript')
+        archive = _Archive(opened, path.stat().st_size)
         if 'byteorder' in archive.entries and archive.read('byteorder').decode() != sys.byteorder:
             raise UnpicklingError('it was written on a machine of another byte order')
         storages: dict[str, _Storage] = {}
@@ -217,4 +217,5 @@ def read_torch_file(path: Path, with_values: bool = True, stand_ins: Mapping[str
     except UnknownName:
         raise
     except Exception as error:  # a damaged file fails in every way
-        raise UnpicklingError(f'{type(error).__name__}: {error}') from error
+        ours = isinstance(error, UnpicklingError | zipfile.BadZipFile)
+        raise UnpicklingError(str(error) if ours else 'it cannot be unpickled') from error

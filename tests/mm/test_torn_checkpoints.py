@@ -59,13 +59,16 @@ class Call:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     'empty': (lambda path: os.truncate(path, 0), 'is empty'),
-    'a few bytes': (lambda path: os.truncate(path, 100), 'is cut off or no checkpoint file'),
-    'half': (lambda path: os.truncate(path, path.stat().st_size // 2), 'is cut off or no checkpoint file'),
-    'all but a byte': (lambda path: os.truncate(path, path.stat().st_size - 1), 'is cut off or no checkpoint file'),
+    'a few bytes': (lambda path: os.truncate(path, 100), 'is cut off, damaged or no checkpoint file'),
+    'half': (lambda path: os.truncate(path, path.stat().st_size // 2), 'is cut off, damaged or no checkpoint file'),
+    'all but a byte': (
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        'is cut off, damaged or no checkpoint file',
+    ),
     # a power cut before the disk had all of it
-    'zeros in a tensor': (lambda path: overwrite(path.stat().st_size // 2, bytes(4096))(path), 'is damaged'),
-    'zeros at the start': (overwrite(0, bytes(4096)), 'is cut off or no checkpoint file'),
-    'text': (lambda path: path.write_text('nothing'), 'is cut off or no checkpoint file'),
+    'zeros in a tensor': (lambda path: overwrite(path.stat().st_size // 2, bytes(4096))(path), 'is cut off, damaged'),
+    'zeros at the start': (overwrite(0, bytes(4096)), 'is cut off, damaged or no checkpoint file'),
+    'text': (lambda path: path.write_text('nothing'), 'is cut off, damaged or no checkpoint file'),
     'not there': (lambda path: path.unlink(), 'does not exist'),
     'weights': (lambda path: torch.save({'state_dict': {'x': torch.ones(1)}}, path), 'has no meta'),
     'a list': (lambda path: torch.save([1], path), 'has no meta'),

@@ -78,6 +78,8 @@ FREE_SIZES = {
 
 @NEEDS_ONNX
 @pytest.mark.slow
+# the exporter of torch 2.11 stops at _linalg_solve_ex
+@pytest.mark.skipif(torch.__version__ < '2.14', reason='needs the exporter of torch 2.14')
 @pytest.mark.parametrize('name', FREE_SIZES)
 @torch.no_grad()
 def test_free_batch_height_and_width(name, tmp_path):
