@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From a fresh machine with python >= 3.10 and pip to a trained, evaluated and drawn segmentor; safe to run again.
+# From a fresh machine with Python 3.10 to 3.13 and pip to a trained, evaluated and drawn segmentor; safe to run again.
 # Arguments go to tools/quickstart.py: see bash tools/quickstart.sh --help
 set -euo pipefail
 here=$PWD
