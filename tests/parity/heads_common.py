@@ -52,7 +52,7 @@ def assert_parity(ours: nn.Module, theirs: nn.Module, inputs, rename=lambda name
     """Compare outputs, gradients and statistics of two modules.
 
     In float64 they are equal. In float32 ours are within 1e-5 of these, or where rounding is magnified (by BatchNorm of
-    two values, for one), within ten times the peer's own error: which of the two rounds better depends on the processor.
+    two values, for one), within ten times the peer's own error: which one rounds better depends on the processor.
 
     Args:
         ours: called with the list of maps.
