@@ -79,7 +79,8 @@ def test_decode_head(grid, training):
 )
 def test_decode_head_options(options):
     ours, theirs = pair(BEiTUPerHead(**arguments(**options)), UPerHead(**arguments(**options)), True)
-    assert_parity(ours, theirs, pyramid_maps((4, 6)))
+    # BatchNorm of two images pooled to 1x1 magnifies rounding a thousandfold, on some processors beyond the bound
+    assert_parity(ours, theirs, pyramid_maps((4, 6), batch=8))
 
 
 def test_align_corners():
