@@ -5,9 +5,9 @@ registers the backbone, neck and heads in OpenMMLab.
 """
 
 from . import timm_models as timm_models  # registers
-from .image_processor import BeitImageProcessor
-from .models.backbone import BackboneOutput, BeitBackbone
+from .data.image_processor import BeitImageProcessor
 from .models.beit import VARIANTS, Beit, BeitOutput
+from .segmentation.backbone import BackboneOutput, BeitBackbone
 
 __version__ = '0.1.0'
 

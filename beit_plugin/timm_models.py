@@ -16,13 +16,13 @@ from .checkpoints.files import open_wrappers
 from .checkpoints.fit import accept_any_dialect, fit, part_of
 from .checkpoints.grids import metadata_of, noted_grid, with_grid, with_metadata
 from .checkpoints.stand_ins import register_stand_ins
-from .models.backbone import BeitBackbone, resolve_stages
 from .models.beit import VARIANTS, Beit
 from .models.block import Block
 from .models.embed import BeitPatchEmbed
 from .models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
 from .models.relative_position import RelativePositionBias
-from .models.segmentor import build_segmentor
+from .segmentation.backbone import BeitBackbone, resolve_stages
+from .segmentation.segmentor import build_segmentor
 from .timm_cfgs import default_cfgs as default_cfgs  # register_model reads them here
 
 _logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from beit_plugin.image_processor import BeitImageProcessor
+from beit_plugin.data.image_processor import BeitImageProcessor
 
 
 def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 from helpers import randomize
 from PIL import Image
 
-from beit_plugin.mim_data import AllViews, ImageFiles, TwoViews
-from beit_plugin.token_cache import write_token_cache
+from beit_plugin.data.mim_views import AllViews, ImageFiles, TwoViews
+from beit_plugin.data.token_cache import write_token_cache
 from beit_plugin.tokenizers import VQKD, save_tokenizer
 
 VOCAB = 13

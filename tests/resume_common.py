@@ -24,7 +24,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from beit_plugin.checkpoints import CheckpointError
-from beit_plugin.mm import resume
+from beit_plugin.mm.training import resume
 from beit_plugin.models.beit import Beit
 
 CPU = {'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}  # the environment of all that shall be equal bit for bit

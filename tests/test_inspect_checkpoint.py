@@ -80,7 +80,7 @@ BARE = dict(in_chans=1, qkv_bias=False, init_values=None, patch_norm=True)
          'img_size=(32, 32), add_fpn=True, final_norm=True), '),
         (lambda: backbone(out_indices=None), 'beit_plugin.BeitBackbone(embed_dim=16, depth=5, mlp_ratio=2.0, '),
         (beit, 'beit_plugin.checkpoints.load(model := beit_plugin.Beit(embed_dim=16, depth=5, mlp_ratio=2.0, '),
-        (lambda: segmentor(channels=8), 'beit_plugin.models.segmentor.build_segmentor(embed_dim=16, '),
+        (lambda: segmentor(channels=8), 'beit_plugin.segmentation.segmentor.build_segmentor(embed_dim=16, '),
         (lambda: beit(patch_size=8, **NAMED), 'beit_plugin.Beit(embed_dim=192, patch_size=(8, 8), num_heads=3, '),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ if importlib.util.find_spec('mmseg') is None:
     pytest.skip("needs the extra: pip install 'beit-plugin[mmseg]'", allow_module_level=True)
 
 import beit_plugin.mm  # noqa: F401  first: makes mmseg importable
-from beit_plugin.mm.transforms import DataFileError
+from beit_plugin.mm.segmentation.transforms import DataFileError
 
 from data_folders import DataError  # isort: skip
 from run_common import _built, _run, evaluate, load_config, run, use_mixed_precision  # isort: skip
@@ -278,7 +278,7 @@ def test_sharded_models_are_evaluated_whole():
 
 def test_what_our_models_say_is_a_sentence():
     """And what others say is left with its traceback."""
-    from beit_plugin.masking import BlockMasking
+    from beit_plugin.data.masking import BlockMasking
 
     with pytest.raises(DataError, match='at most the 16 patches'):
         _run(lambda: BlockMasking((4, 4), 17)(1))

@@ -18,7 +18,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import beit_plugin  # noqa: F401  registers
-from beit_plugin.models.param_groups import layer_id
+from beit_plugin.models.layer_decay import layer_id
 
 NAME = 'beit_plugin_base_patch16_224'
 SMALL = dict(img_size=(48, 80), embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0)

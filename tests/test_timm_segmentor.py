@@ -6,7 +6,7 @@ import torch
 from helpers import randomize
 from timm.optim import create_optimizer_v2
 
-from beit_plugin.models.segmentor import BeitSegmentor
+from beit_plugin.segmentation.segmentor import BeitSegmentor
 
 NAME = 'beit_plugin_tiny_patch16_640_upernet'
 SMALL = dict(img_size=(32, 48), embed_dim=16, depth=4, num_heads=2, channels=8, auxiliary_channels=8, num_classes=5)

@@ -18,8 +18,8 @@ if importlib.util.find_spec('mmseg') is None or importlib.util.find_spec('tensor
 
 from mmengine.config import Config
 
-from beit_plugin.mim_data import AllViews, ImageFiles, TwoViews
-from beit_plugin.token_cache import TokenCache
+from beit_plugin.data.mim_views import AllViews, ImageFiles, TwoViews
+from beit_plugin.data.token_cache import TokenCache
 from beit_plugin.tokenizers import Tokenizer
 
 from data_folders import DataError  # isort: skip

@@ -44,11 +44,11 @@ def main() -> None:
     from benchmark_models import CLASSES, MASKED, VOCABULARY
     from torch import distributed, nn
 
-    from beit_plugin.masking import RandomMasking
+    from beit_plugin.data.masking import RandomMasking
     from beit_plugin.models.beit import VARIANTS
     from beit_plugin.models.mim import BeitForMaskedImageModeling
-    from beit_plugin.models.segmentor import build_segmentor
-    from beit_plugin.models.sync_norm import SyncBatchNorm
+    from beit_plugin.segmentation.segmentor import build_segmentor
+    from beit_plugin.segmentation.sync_batch_norm import SyncBatchNorm
 
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     cuda = torch.cuda.is_available()

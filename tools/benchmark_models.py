@@ -182,7 +182,7 @@ def pyramid_cases(s: Setting) -> Makers:
         return model_case(lambda: Called(make(), call), s, targets=(True,))
 
     def timm(encoder: Callable[[Setting], nn.Module]) -> Case:
-        from beit_plugin.models.pyramid import FeaturePyramid
+        from beit_plugin.segmentation.pyramid import FeaturePyramid
 
         def levels(model: nn.Module, x: Tensor) -> Any:
             maps = model['encoder'].forward_intermediates(x, indices=blocks, intermediates_only=True)  # type: ignore[index, operator]
@@ -201,7 +201,7 @@ def pyramid_cases(s: Setting) -> Makers:
         )
 
     def ours(backend: str) -> Case:
-        from beit_plugin.models.backbone import BeitBackbone
+        from beit_plugin.segmentation.backbone import BeitBackbone
 
         return case(
             lambda: BeitBackbone(out_indices=blocks, add_fpn=True, attn_backend=backend, **size),  # type: ignore[arg-type]
@@ -227,7 +227,7 @@ def segmentor_cases(s: Setting) -> Makers:
     labels = torch.randint(CLASSES, (s.batch, s.height, s.width), device=s.device)
 
     def ours(**options: Any) -> Case:
-        from beit_plugin.models.segmentor import build_segmentor
+        from beit_plugin.segmentation.segmentor import build_segmentor
 
         def call(model: nn.Module, x: Tensor, y: Tensor | None = None) -> Tensor:
             return model(x) if y is None else model(x, y)[0]
@@ -274,8 +274,8 @@ def model_flops(what: str, s: Setting, training: bool) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from beit_plugin import Beit
-    from beit_plugin.models.backbone import BeitBackbone
-    from beit_plugin.models.segmentor import build_segmentor
+    from beit_plugin.segmentation.backbone import BeitBackbone
+    from beit_plugin.segmentation.segmentor import build_segmentor
 
     # in the mode of inference, because a batch of one image has no statistics
     options: dict[str, Any] = dict(use_rel_pos_bias=False, attn_backend='eager', device='meta', **sizes(s))

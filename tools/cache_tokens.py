@@ -74,7 +74,7 @@ def tokenised(dataset: Any, tokenizer: Any, args: argparse.Namespace, grid: tupl
     import torch
     from tqdm import tqdm
 
-    from beit_plugin.mim_data import AllViews
+    from beit_plugin.data.mim_views import AllViews
 
     device = next(tokenizer.parameters()).device
     views = dataset.num_views
@@ -116,7 +116,7 @@ def main() -> None:
     use_sources(cfg, args.tokenizer, None)
     check_tokenizer(cfg)
     dataset, tokenizer = build(cfg, args)
-    from beit_plugin.token_cache import write_token_cache
+    from beit_plugin.data.token_cache import write_token_cache
 
     about = dataset.about_tokens(dataset.num_views, dataset.seed)
     about['vocab_size'] = tokenizer.vocab_size

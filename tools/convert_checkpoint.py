@@ -46,7 +46,7 @@ def build(name: str, arguments: dict[str, Any]) -> Any:
     """Our model, by what ``describe`` calls it."""
     from beit_plugin import Beit, BeitBackbone
     from beit_plugin.models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
-    from beit_plugin.models.segmentor import build_segmentor
+    from beit_plugin.segmentation.segmentor import build_segmentor
 
     makes = (Beit, BeitBackbone, BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling, build_segmentor)
     return {make.__name__: make for make in makes}[name](**arguments)

@@ -51,7 +51,7 @@ class Folders:
 
 def files_below(folder: Path, suffixes: set[str]) -> list[str]:
     """Paths of the files in and below a folder that end so, relative to it, without hidden ones; links are followed."""
-    from beit_plugin.image_list import folders_below
+    from beit_plugin.data.image_list import folders_below
 
     files = (Path(where, name) for where, names in folders_below(folder) for name in names)
     kept = (file for file in files if file.suffix.lower() in suffixes and not file.name.startswith('.'))  # macOS: ._x

@@ -24,7 +24,7 @@ MODULES = {
     'BeitBackbone': 'beit_plugin',
     'BeitForMaskedImageModeling': 'beit_plugin.models.mim',
     'BeitV2ForMaskedImageModeling': 'beit_plugin.models.mim',
-    'build_segmentor': 'beit_plugin.models.segmentor',
+    'build_segmentor': 'beit_plugin.segmentation.segmentor',
 }
 # defaults of Beit that the signature of a model does not show to be others there
 PRESET: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ ATTENTION_TOKENS = 4096  # of an image whose attention is drawn: weights take he
 
 def read_image(path: Path) -> Image.Image:
     """An image as the image processor sees it: RGB, turned by its EXIF data; ValueError with a sentence."""
-    from beit_plugin.image_inputs import read_rgb
+    from beit_plugin.data.image_reading import read_rgb
 
     return read_rgb(path, 'the image')
 
@@ -186,7 +186,7 @@ class TimmPredictor(Predictor):
         from timm.data.transforms_factory import create_transform
 
         import beit_plugin  # noqa: F401  registers
-        from beit_plugin.models.segmentor import BeitSegmentor
+        from beit_plugin.segmentation.segmentor import BeitSegmentor
 
         if not timm.is_model(name):
             raise DataError(f"--model {name} is no model of timm; timm.list_models('*beit*') names ours.")

@@ -46,7 +46,7 @@ def main() -> None:
 
     import beit_plugin  # noqa: F401  registers the models
     from beit_plugin.checkpoints import save
-    from beit_plugin.mim_data import ImageFiles, TwoViews, mim_collate
+    from beit_plugin.data.mim_views import ImageFiles, TwoViews, mim_collate
     from beit_plugin.tokenizers import load_tokenizer
 
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')

@@ -225,7 +225,7 @@ def train(cfg: Any) -> tuple[Path | None, str, float | None]:
 
 
 def _train(cfg: Any) -> tuple[Path | None, str, float | None]:
-    from beit_plugin.mm.run_ahead import end_workers
+    from beit_plugin.mm.training.run_ahead import end_workers
 
     loaders = {'training': cfg.train_dataloader, 'validation': cfg.get('val_dataloader')}
     with scope_of(cfg):
@@ -254,8 +254,8 @@ def _train(cfg: Any) -> tuple[Path | None, str, float | None]:
 def _run(step: Callable[[], Any], more: tuple[type[Exception], ...] = ()) -> Any:
     """Raises DataError with the sentence about a file that cannot be used, which a worker buries in its traceback."""
     from beit_plugin.checkpoints import CheckpointError
-    from beit_plugin.mm.invalid_loss import InvalidLossError
-    from beit_plugin.mm.left_out import DataFileError
+    from beit_plugin.mm.skipped_files import DataFileError
+    from beit_plugin.mm.training.invalid_loss import InvalidLossError
 
     try:
         return step()

@@ -25,27 +25,27 @@ from mmengine.utils.dl_utils import mmcv_full_available  # noqa: E402
 if not hasattr(pkgutil, 'find_loader') and 'find_loader' in mmcv_full_available.__code__.co_names:
     raise ImportError('this mmengine calls pkgutil.find_loader, which Python 3.14 removed; use Python 3.10 to 3.13')
 
-from .cpu_dist import allow_cpu_launch  # noqa: E402
+from .host_patches.cpu_dist import allow_cpu_launch  # noqa: E402
+from .host_patches.mmpretrain import skip_broken_multimodal  # noqa: E402
 from .loading import read_every_dialect  # noqa: E402
-from .mmpretrain import skip_broken_multimodal  # noqa: E402
 
 allow_cpu_launch()
 read_every_dialect()
 skip_broken_multimodal()
 
-from .amp import BEiTBF16OptimWrapper  # noqa: E402
 from .backbone import BEiTBackbone  # noqa: E402
-from .class_check import BEiTClassCheckHook  # noqa: E402
-from .invalid_loss import BEiTInvalidLossHook  # noqa: E402
-from .mim import BEiTMIMHead, BEiTPretrainer  # noqa: E402
-from .mim_data import BEiTImages, BEiTMIMDataPreprocessor  # noqa: E402
-from .mim_hooks import BEiTMIMPictureHook, BEiTThroughputHook, BEiTTokenCacheHook  # noqa: E402
-from .neck import BEiTPyramid, BEiTSimplePyramid  # noqa: E402
-from .optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor, leave_optimizers_uncompiled  # noqa: E402
-from .resume import BEiTResumeHook  # noqa: E402
-from .run_ahead import BEiTRunAheadHook, allow_pinned_samples  # noqa: E402
-from .sharded import BEiTFSDPStrategy  # noqa: E402
-from .vqkd import BEiTVQKD  # noqa: E402
+from .pretraining.data import BEiTImages, BEiTMIMDataPreprocessor  # noqa: E402
+from .pretraining.hooks import BEiTMIMPictureHook, BEiTThroughputHook, BEiTTokenCacheHook  # noqa: E402
+from .pretraining.mim import BEiTMIMHead, BEiTPretrainer  # noqa: E402
+from .pretraining.vqkd import BEiTVQKD  # noqa: E402
+from .segmentation.neck import BEiTPyramid, BEiTSimplePyramid  # noqa: E402
+from .training.amp import BEiTBF16OptimWrapper  # noqa: E402
+from .training.class_check import BEiTClassCheckHook  # noqa: E402
+from .training.fsdp import BEiTFSDPStrategy  # noqa: E402
+from .training.invalid_loss import BEiTInvalidLossHook  # noqa: E402
+from .training.optim import BEiTLayerDecayConstructor, BEiTNoDecayConstructor, leave_optimizers_uncompiled  # noqa: E402
+from .training.resume import BEiTResumeHook  # noqa: E402
+from .training.run_ahead import BEiTRunAheadHook, allow_pinned_samples  # noqa: E402
 
 allow_pinned_samples()
 leave_optimizers_uncompiled()
@@ -73,13 +73,13 @@ __all__ = [
 ]
 
 if find_spec('mmseg') is not None:  # detectors need no segmentation heads and labels
-    from .decode_head import BEiTFCNHead as BEiTFCNHead
-    from .decode_head import BEiTUPerHead as BEiTUPerHead
-    from .seg_data import BEiTSegDataPreProcessor as BEiTSegDataPreProcessor
-    from .segmentor import BEiTSegmentor as BEiTSegmentor
-    from .transforms import BEiTLoadAnnotations as BEiTLoadAnnotations
-    from .transforms import BEiTLoadImageFromFile as BEiTLoadImageFromFile
-    from .tta import BEiTSegTTAModel as BEiTSegTTAModel
+    from .segmentation.data_preprocessor import BEiTSegDataPreProcessor as BEiTSegDataPreProcessor
+    from .segmentation.decode_head import BEiTFCNHead as BEiTFCNHead
+    from .segmentation.decode_head import BEiTUPerHead as BEiTUPerHead
+    from .segmentation.segmentor import BEiTSegmentor as BEiTSegmentor
+    from .segmentation.transforms import BEiTLoadAnnotations as BEiTLoadAnnotations
+    from .segmentation.transforms import BEiTLoadImageFromFile as BEiTLoadImageFromFile
+    from .segmentation.tta import BEiTSegTTAModel as BEiTSegTTAModel
 
     __all__ += [
         'BEiTFCNHead',

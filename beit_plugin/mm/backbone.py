@@ -21,11 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoints import CheckpointError, load
 from ..checkpoints.fit import accept_any_dialect
 from ..checkpoints.sources import read_source
-from ..models.backbone import BeitBackbone
 from ..models.block import Block, activation
 from ..models.resample import ResizeRule
+from ..segmentation.backbone import BeitBackbone
 from .loading import NECK
-from .norm import SYNC_BN, NormFactory
+from .segmentation.norm import SYNC_BN, NormFactory
 
 __all__ = ['BEiTBackbone']
 

@@ -289,7 +289,7 @@ class Beit(OfficialInitialisation, TimmInterface):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles instead of this module; see ``scripted``."""
-        from .scripted import ScriptedBeit  # nobody else needs it
+        from .torchscript import ScriptedBeit  # nobody else needs it
 
         if type(self) is not Beit:
             raise ValueError(f'TorchScript can take a Beit, not a {type(self).__name__}; use torch.export')

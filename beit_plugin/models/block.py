@@ -147,7 +147,7 @@ class Block(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For programs of torch.fx, which hold it as it is; see ``scripted``."""
-        from .scripted import ScriptedBlock
+        from .torchscript import ScriptedBlock
 
         return ScriptedBlock(self)
 

@@ -90,7 +90,7 @@ class BeitPatchEmbed(PatchEmbed):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """For programs of torch.fx, which hold it as it is; see ``scripted``."""
-        from .scripted import ScriptedPatchEmbed
+        from .torchscript import ScriptedPatchEmbed
 
         return ScriptedPatchEmbed(self)
 

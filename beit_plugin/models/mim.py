@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from ..segmentation.loss import LabelGuard
 from .beit import Beit
 from .block import Block, PositionBias
 from .checks import LateLook
-from .segmentation_loss import LabelGuard
 
 __all__ = ['BeitForMaskedImageModeling', 'BeitV2ForMaskedImageModeling', 'MIMOutput', 'masked_positions']
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..models.beit import VARIANTS, Beit
 from ..models.checks import height_and_width
-from ..models.param_groups import no_weight_decay
+from ..models.layer_decay import no_weight_decay
 from .base import Tokenizer, without_autocast
 from .codebook import Codebook
 

@@ -67,7 +67,7 @@ def mim_v2(**options):
 
 
 def segmentor(**options):
-    from beit_plugin.models.segmentor import build_segmentor
+    from beit_plugin.segmentation.segmentor import build_segmentor
 
     options = {**SMALL, 'num_classes': CLASSES, 'auxiliary_channels': 6, 'auxiliary_concat_input': True,
                'decoder_drop_rate': 0.0, **options}  # fmt: skip

@@ -17,10 +17,10 @@ from transformers import BeitConfig
 
 from beit_plugin.checkpoints.hf_config import read_config, write_config
 from beit_plugin.checkpoints.hf_options import ACTIVATIONS, ENCODER, OF_TASK, ROWS
-from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
 from beit_plugin.models.mim import BeitForMaskedImageModeling
-from beit_plugin.models.segmentor import build_segmentor
+from beit_plugin.segmentation.backbone import BeitBackbone
+from beit_plugin.segmentation.segmentor import build_segmentor
 
 ARCHITECTURES = {
     'encoder': 'BeitModel',

@@ -20,14 +20,14 @@ import beit_plugin  # noqa: F401, registers the segmentors
 from beit_plugin.checkpoints.convert import CheckpointError
 from beit_plugin.checkpoints.hf_config import read_config, write_config
 from beit_plugin.checkpoints.hf_options import ACTIVATIONS, ROWS
-from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
 from beit_plugin.models.block import activation
 from beit_plugin.models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
-from beit_plugin.models.pyramid import FeaturePyramid
-from beit_plugin.models.segmentation_loss import SegmentationLoss
-from beit_plugin.models.segmentor import BeitSegmentor
-from beit_plugin.models.upernet import FCNHead, UPerNetHead
+from beit_plugin.segmentation.backbone import BeitBackbone
+from beit_plugin.segmentation.loss import SegmentationLoss
+from beit_plugin.segmentation.pyramid import FeaturePyramid
+from beit_plugin.segmentation.segmentor import BeitSegmentor
+from beit_plugin.segmentation.upernet import FCNHead, UPerNetHead
 
 TINY = dict(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24, image_size=32)
 SMALL = dict(img_size=32, embed_dim=16, depth=4, num_heads=2, mlp_ratio=1.5)

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from beit_plugin.kernels import cross_entropy_ops as ops
-from beit_plugin.models import upsampled_loss
-from beit_plugin.models.upsampled_loss import upsampled_cross_entropy
+from beit_plugin.segmentation import upsampled_cross_entropy as upsampled_loss
+from beit_plugin.segmentation.upsampled_cross_entropy import upsampled_cross_entropy
 
 CUDA = torch.cuda.is_available()
 DEVICE = 'cuda' if CUDA else 'cpu'

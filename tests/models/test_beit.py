@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from beit_plugin.models.beit import VARIANTS, Beit
-from beit_plugin.models.param_groups import layer_id, no_weight_decay
+from beit_plugin.models.layer_decay import layer_id, no_weight_decay
 from beit_plugin.models.relative_position import bias_geometry
 
 GRID = (3, 5)

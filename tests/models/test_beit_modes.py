@@ -7,8 +7,8 @@ import torch
 from helpers import TINY, gradients, images, needs_cpp_compiler, randomize, relative_error, weighted_sum
 from torch import nn
 
-from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
+from beit_plugin.segmentation.backbone import BeitBackbone
 
 ALL = dict(use_mask_token=True, use_abs_pos_emb=True, use_shared_rel_pos_bias=True)
 

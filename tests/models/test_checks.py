@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from helpers import TINY
 
-from beit_plugin.models.backbone import BeitBackbone, resolve_stages
 from beit_plugin.models.beit import Beit
 from beit_plugin.models.checks import height_and_width
+from beit_plugin.segmentation.backbone import BeitBackbone, resolve_stages
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import pytest
 import torch
 from helpers import TINY, images, randomize, relative_error
 
-from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
 from beit_plugin.models.mim import BeitForMaskedImageModeling
-from beit_plugin.models.segmentor import build_segmentor
+from beit_plugin.segmentation.backbone import BeitBackbone
+from beit_plugin.segmentation.segmentor import build_segmentor
 
 FREE = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
 SMALL_PATCHES = dict(img_size=(24, 40), patch_size=8)

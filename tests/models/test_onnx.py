@@ -7,7 +7,7 @@ import torch
 from helpers import TINY, images, randomize, relative_error
 
 from beit_plugin import Beit
-from beit_plugin.models.segmentor import build_segmentor
+from beit_plugin.segmentation.segmentor import build_segmentor
 
 NEEDS_ONNX = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ('onnx', 'onnxruntime', 'onnxscript')),

@@ -8,12 +8,12 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from helpers import TINY, gradients, images, needs_cpp_compiler, randomize, relative_error, weighted_sum
 
-from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
 from beit_plugin.models.mim import BeitForMaskedImageModeling, BeitV2ForMaskedImageModeling
 from beit_plugin.models.relative_position import relative_position_index
 from beit_plugin.models.resample import resize_rel_pos_bias_table
 from beit_plugin.models.windows import Windows, cut_windows, resolve_global_blocks
+from beit_plugin.segmentation.backbone import BeitBackbone
 
 SIZES = {**TINY, 'embed_dim': 32, 'depth': 4, 'num_classes': 3}  # head dim 16, native grid 3 x 5
 WINDOW = dict(window_size=(2, 3), global_blocks=(1, 3))

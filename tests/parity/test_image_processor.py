@@ -23,8 +23,8 @@ from transformers.image_utils import get_image_size_for_max_height_width
 from transformers.models.beit.image_processing_beit import BeitImageProcessor as HFTorchvision
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil as HFPil
 
-from beit_plugin.image_options import resized_size
-from beit_plugin.image_processor import BeitImageProcessor
+from beit_plugin.data.image_processor import BeitImageProcessor
+from beit_plugin.data.image_processor_options import resized_size
 
 PEERS = {'torch': HFTorchvision(), 'pil': HFPil()}
 PHOTOS = [PHOTO, photograph(97, 53, 1), photograph(61, 61, 2), photograph(40, 150, 3)]

@@ -20,9 +20,9 @@ from mmseg.models.decode_heads import UPerHead
 from mmseg.models.necks import Feature2Pyramid
 from mmseg.structures import SegDataSample
 
-from beit_plugin.mm.decode_head import BEiTFCNHead, BEiTUPerHead
-from beit_plugin.mm.neck import BEiTPyramid
-from beit_plugin.models.upernet import FCNHead, UPerNetHead
+from beit_plugin.mm.segmentation.decode_head import BEiTFCNHead, BEiTUPerHead
+from beit_plugin.mm.segmentation.neck import BEiTPyramid
+from beit_plugin.segmentation.upernet import FCNHead, UPerNetHead
 
 BN = {'type': 'SyncBN', 'requires_grad': True}
 CE = {'type': 'CrossEntropyLoss', 'avg_non_ignore': True}

@@ -14,8 +14,8 @@ from transformers import BeitBackbone as HFBackbone
 from transformers import BeitConfig, BeitModel
 
 from beit_plugin.checkpoints.convert import CheckpointError, detect, from_native, to_native
-from beit_plugin.models.backbone import BeitBackbone
 from beit_plugin.models.beit import Beit
+from beit_plugin.segmentation.backbone import BeitBackbone
 
 FORMS = {
     'v1': (dict(use_relative_position_bias=True), dict()),

@@ -8,10 +8,10 @@ import torch
 from heads_common import GRIDS, assert_parity, assert_same_gradients, load_renamed, pyramid_maps, randomise
 from torch import nn
 
-from beit_plugin.models.pyramid import FeaturePyramid, tokens_to_map
-from beit_plugin.models.segmentation_loss import SegmentationLoss
-from beit_plugin.models.segmentor import BeitSegmentor, build_segmentor
-from beit_plugin.models.upernet import FCNHead, UPerNetHead
+from beit_plugin.segmentation.loss import SegmentationLoss
+from beit_plugin.segmentation.pyramid import FeaturePyramid, tokens_to_map
+from beit_plugin.segmentation.segmentor import BeitSegmentor, build_segmentor
+from beit_plugin.segmentation.upernet import FCNHead, UPerNetHead
 
 if importlib.util.find_spec('transformers') is None:
     pytest.skip("needs the extra: pip install 'beit-plugin[test]'", allow_module_level=True)

@@ -1,0 +1,1 @@
+"""Every place where something of a host is replaced."""

@@ -1,0 +1,1 @@
+"""Masked image modelling and VQ-KD in OpenMMLab."""

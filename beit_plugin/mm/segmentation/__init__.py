@@ -1,0 +1,1 @@
+"""Segmentation in OpenMMLab: heads, neck, segmentor, data, test-time augmentation."""

@@ -1,0 +1,1 @@
+"""What a training in mmengine needs: precision, layer decay, resuming, sharding."""

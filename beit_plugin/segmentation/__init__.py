@@ -1,0 +1,1 @@
+"""Segmentation in plain torch: feature maps, pyramids, heads, losses, the segmentor."""
