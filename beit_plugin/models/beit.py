@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from timm.layers import LayerNorm
+from timm.layers import LayerNorm, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +26,6 @@ from .attention import AttentionBackend, attention_dtype, choose_backend
 from .block import Block, BlockBias, PositionBias, activation, run_on_kernels, take_kernels
 from .checks import check_numbers, head_mask_by_layer
 from .embed import BeitPatchEmbed, check_mask
-from .initialisation import OfficialInitialisation
 from .relative_position import RelativePositionBias, bias_geometry, note_grid
 from .resample import ResizeRule, check_rule, resize_abs_pos_embed
 from .timm_interface import TimmInterface
@@ -58,7 +57,7 @@ class BeitOutput(NamedTuple):
     grid: tuple[int, int]  # h, w
 
 
-class Beit(OfficialInitialisation, TimmInterface):
+class Beit(TimmInterface):
     """BEiT encoder and classifier.
 
     Args:
@@ -91,6 +90,9 @@ class Beit(OfficialInitialisation, TimmInterface):
     Raises:
         ValueError: sizes that do not fit each other, or an unknown option value.
     """
+
+    depth_scaled = True
+    """Whether the output projections of block i, from 1, start smaller by the square root of 2 i."""
 
     def __init__(
         self,
@@ -288,7 +290,7 @@ class Beit(OfficialInitialisation, TimmInterface):
         return x, states, attentions
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` compiles instead of this module; see ``scripted``."""
+        """What ``torch.jit.script`` compiles instead of this module; see ``torchscript``."""
         from .torchscript import ScriptedBeit  # nobody else needs it
 
         if type(self) is not Beit:
@@ -324,3 +326,43 @@ class Beit(OfficialInitialisation, TimmInterface):
         x = self.norm(x)
         pooled = self.forward_head(x, pre_logits=True) if self.global_pool else None
         return BeitOutput(x, pooled, tuple(states.values()), tuple(attentions), grid)
+
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Official initialisation: truncated normal, depth-scaled output projections, zero bias tables.
+
+        Source: unilm ``beit/modeling_finetune.py``, ``_init_weights`` and ``fix_init_weight``.
+
+        Args:
+            needs_reset: also reset what its constructor has already set (norms, convolutions, layer scale, tables);
+                for a model that was built on the meta device.
+        """
+        for name, module in self.named_modules():
+            if needs_reset and name and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()  # type: ignore[operator]
+            if isinstance(module, nn.Linear):
+                self._draw(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for token in (self.cls_token, self.mask_token, self.pos_embed):
+            if token is not None:
+                self._draw(token)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if needs_reset and name.endswith(('q_bias', 'v_bias', 'relative_position_bias_table')):
+                    parameter.zero_()
+            self._scale_blocks(self.blocks, 1, needs_reset)
+            if isinstance(self.head, nn.Linear) and self.head_init_scale:
+                self.head.weight.mul_(self.head_init_scale)
+
+    def _draw(self, tensor: Tensor) -> None:
+        trunc_normal_(tensor, std=self.init_std)
+
+    @torch.no_grad()
+    def _scale_blocks(self, blocks: Iterable[nn.Module], first: int, needs_reset: bool) -> None:
+        for i, block in enumerate(cast(Iterable[Block], blocks), start=first):
+            for gamma in (block.gamma_1, block.gamma_2):
+                if needs_reset and gamma is not None:
+                    gamma.fill_(block.init_values or 0.0)
+            if self.depth_scaled:
+                block.attn.proj.weight.div_((2.0 * i) ** 0.5)
+                block.mlp.fc2.weight.div_((2.0 * i) ** 0.5)

@@ -146,7 +146,7 @@ class Block(nn.Module):
         return x, weights
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """For programs of torch.fx, which hold it as it is; see ``scripted``."""
+        """For programs of torch.fx, which hold it as it is; see ``torchscript``."""
         from .torchscript import ScriptedBlock
 
         return ScriptedBlock(self)

@@ -7,41 +7,9 @@ from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ['LateLook', 'check_numbers', 'head_mask_by_layer', 'height_and_width']
-
-
-class LateLook:
-    """Numbers of a GPU that are looked at in the next step, when they have long arrived.
-
-    Looking at once would make the CPU wait, in every step, for everything that it has given the GPU to do.
-    """
-
-    def __init__(self) -> None:
-        self._pending: tuple[torch.cuda.Event, Tensor, Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # an event can neither be copied nor pickled, and models are both (weight averaging, checkpoints)
-        return {'_pending': None}
-
-    def send(self, numbers: Tensor, about: Any = None) -> None:
-        """Starts the way of CUDA numbers to the CPU; ``about`` comes back with them."""
-        copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-        copy.copy_(numbers, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(numbers.device))  # which need not be the current GPU's
-        self._pending = arrived, copy, about
-
-    def collect(self) -> tuple[Tensor, Any] | None:
-        """What was sent last and not collected yet: the numbers on the CPU, and what they are about."""
-        if self._pending is None:
-            return None
-        arrived, numbers, about = self._pending
-        self._pending = None
-        arrived.synchronize()
-        return numbers, about
+__all__ = ['check_numbers', 'head_mask_by_layer', 'height_and_width']
 
 
 def height_and_width(name: str, value: Any) -> tuple[int, int]:

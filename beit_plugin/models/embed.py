@@ -12,7 +12,7 @@ from .attention import attention_dtype
 from .checks import height_and_width
 from .kernel_support import is_exporting, is_plain
 
-__all__ = ['BeitPatchEmbed', 'check_mask']
+__all__ = ['BeitPatchEmbed', 'check_mask', 'tokens_to_map']
 
 
 class BeitPatchEmbed(PatchEmbed):
@@ -89,7 +89,7 @@ class BeitPatchEmbed(PatchEmbed):
         return self.norm(self._project(x))  # B, h, w, C
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """For programs of torch.fx, which hold it as it is; see ``scripted``."""
+        """For programs of torch.fx, which hold it as it is; see ``torchscript``."""
         from .torchscript import ScriptedPatchEmbed
 
         return ScriptedPatchEmbed(self)
@@ -116,6 +116,28 @@ def _size_and_grid(
     if height < ph or width < pw:
         raise ValueError(f'img_size must be at least one {ph}x{pw} patch, got {img_size}')
     return (height, width), ((height + ph - 1) // ph, (width + pw - 1) // pw)
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Drop the [CLS] token and lay the patch tokens out as a map.
+
+    Args:
+        tokens: (B, 1 + h·w, C), [CLS] first, patches row by row.
+        grid: (h, w) in patches.
+
+    Returns:
+        (B, C, h, w), a view of `tokens` in channels-last order.
+
+    Raises:
+        ValueError: the number of tokens does not fit the grid.
+    """
+    h, w = grid
+    if tokens.shape[1] != 1 + h * w:
+        raise ValueError(
+            f'got {tokens.shape[1]} tokens, but a grid of {h}x{w} patches has {1 + h * w} with [CLS]; '
+            'pass the grid of the image that these tokens come from'
+        )
+    return tokens[:, 1:].unflatten(1, (h, w)).permute(0, 3, 1, 2)  # B, C, h, w
 
 
 def check_mask(mask: Tensor, batch: int, grid: tuple[int, int]) -> Tensor:

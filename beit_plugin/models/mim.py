@@ -21,10 +21,9 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..segmentation.loss import LabelGuard
 from .beit import Beit
 from .block import Block, PositionBias
-from .checks import LateLook
+from .deferred_check import DeferredCheck, LabelCheck
 
 __all__ = ['BeitForMaskedImageModeling', 'BeitV2ForMaskedImageModeling', 'MIMOutput', 'masked_positions']
 
@@ -76,8 +75,8 @@ class BeitForMaskedImageModeling(Beit):
         _refuse_pooling(kwargs.pop('global_pool', None))
         kwargs = {'use_mask_token': True, 'use_rel_pos_bias': False, 'use_shared_rel_pos_bias': True, **kwargs}
         super().__init__(num_classes=vocab_size, global_pool='', use_fc_norm=False, **kwargs)
-        self._guard = LabelGuard('use the tokenizer that the model was built for, or set vocab_size to its vocabulary')
-        self._counted = LateLook()  # at the numbers of masked patches
+        self._guard = LabelCheck('use the tokenizer that the model was built for, or set vocab_size to its vocabulary')
+        self._counted = DeferredCheck()  # at the numbers of masked patches
 
     def _init_head(self, num_classes: int, *args: Any, **dd: Any) -> None:
         super()._init_head(0, *args, **dd)
@@ -148,7 +147,7 @@ class BeitForMaskedImageModeling(Beit):
         Raises:
             ValueError: a mask or labels of a wrong shape or dtype, labels without a mask or without a head, another
                 number of labels than of masked patches, or labels that are no token (on CUDA the last two are reported
-                in the next step, see ``LabelGuard``, so as not to wait for the device; compiled, they make the loss
+                in the next step, see ``LabelCheck``, so as not to wait for the device; compiled, they make the loss
                 NaN).
         """
         if labels is not None and bool_masked_pos is None:

@@ -10,8 +10,7 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from ..segmentation.pyramid import tokens_to_map
-from .embed import BeitPatchEmbed
+from .embed import BeitPatchEmbed, tokens_to_map
 from .layer_decay import no_weight_decay
 from .resample import ResizeRule, resize_abs_pos_embed, resize_rel_pos_bias_table
 

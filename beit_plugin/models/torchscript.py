@@ -3,6 +3,8 @@
 TorchScript compiles neither caches nor kernels, so each module has a plain twin here, which shares its layers. A
 program cannot compute how tables are resized, so it brings the matrices for sides of up to ``MAX_SIDE`` patches.
 
+The modules that are taken are typed `Any`: their files import this one.
+
 Shapes: B batch, C channels, h w grid, N = 1 + h*w tokens, K heads, D head dim.
 """
 
@@ -14,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.jit._builtins import _register_builtin
 
-from .attention import Attention
-from .block import Block
-from .embed import BeitPatchEmbed
 from .relative_position import bias_geometry, gather_bias, relative_position_index
 from .resample import apply_positions, apply_resize, axis_matrix
 
@@ -29,7 +28,7 @@ MAX_SIDE = 128  # patches: 2048 pixels
 
 
 class _Attention(nn.Module):
-    def __init__(self, attn: Attention) -> None:
+    def __init__(self, attn: Any) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.dropout_p = attn.num_heads, attn.head_dim, attn.attn_drop.p
         self.qkv, self.proj, self.proj_drop = attn.qkv, attn.proj, attn.proj_drop
@@ -59,7 +58,7 @@ def _bias(table: Tensor, index: Tensor, to_y: Tensor, to_x: Tensor) -> Tensor:
 
 
 class _Block(nn.Module):
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.norm1, self.attn, self.drop_path1 = block.norm1, _Attention(block.attn), block.drop_path1
         self.norm2, self.mlp, self.drop_path2 = block.norm2, block.mlp, block.drop_path2
@@ -80,7 +79,7 @@ class _Block(nn.Module):
 class ScriptedBlock(nn.Module):
     """A block by itself, as programs of torch.fx call it."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
         self.block = _Block(block)
 
@@ -126,7 +125,7 @@ _register_builtin(gather_bias, 'beit_plugin::gather_bias')
 
 
 class ScriptedPatchEmbed(nn.Module):
-    def __init__(self, embed: BeitPatchEmbed) -> None:
+    def __init__(self, embed: Any) -> None:
         super().__init__()
         self.patch_h, self.patch_w = embed.patch_size
         self.proj, self.norm = embed.proj, embed.norm

@@ -14,7 +14,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..models.beit import Beit
-from .pyramid import FeaturePyramid, tokens_to_map
+from ..models.embed import tokens_to_map
+from .pyramid import FeaturePyramid
 
 __all__ = ['BackboneOutput', 'BeitBackbone', 'pyramid_indices', 'resolve_stages']
 

@@ -1,85 +1,13 @@
-"""Segmentation loss, and the check that its labels are classes.
+"""Segmentation loss.
 
-The loss is that of `BeitForSemanticSegmentation` in transformers 5.24 (`ForSemanticSegmentationLoss`), but finite when
+It is that of `BeitForSemanticSegmentation` in transformers 5.24 (`ForSemanticSegmentationLoss`), but finite when
 every pixel is ignored. Legend: B batch, H W pixels of the labels, h w pixels of the logits.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 from torch import Tensor, nn
 
-from ..models.checks import LateLook
+from ..models.deferred_check import LabelCheck
 from .upsampled_cross_entropy import upsampled_cross_entropy
-
-
-class _Batch(NamedTuple):
-    labels: Tensor
-    wrong: Tensor
-    num_classes: int
-    names: Sequence[str]
-
-
-class LabelGuard:
-    """Report labels that are no class, before a kernel reads out of bounds.
-
-    On the CPU the report is immediate. On CUDA asking would make the CPU wait for the whole forward pass in every
-    step, so wrong labels are ignored in their own step and reported in the next one, when the answer has long arrived;
-    an out-of-bounds label would otherwise end the process with a device-side assert that names nothing. In compiled
-    code nothing is checked: there the loss of such labels is NaN, see `upsampled_cross_entropy`.
-
-    Args:
-        hint: what the user can do, the end of the sentence.
-    """
-
-    def __init__(self, hint: str) -> None:
-        self.hint = hint
-        self._later = LateLook()
-
-    def __call__(
-        self, labels: Tensor, num_classes: int, ignore_index: int | None, names: Sequence[str] | None = None
-    ) -> Tensor:
-        """Check one batch.
-
-        Args:
-            labels: (B, ...) integers; classes are 0 to `num_classes` - 1.
-            num_classes: number of classes.
-            ignore_index: label of the pixels that do not count; None when all count.
-            names: one name per image for the report, by default its place in the batch.
-
-        Returns:
-            the labels; on CUDA with those that are no class set to `ignore_index`, or to 0 without one.
-
-        Raises:
-            ValueError: an image of this batch (on CUDA, of the one before) has a label that is no class.
-        """
-        if torch.compiler.is_compiling():
-            return labels
-        wrong = (labels < 0) | (labels >= num_classes)
-        if ignore_index is not None:
-            wrong &= labels != ignore_index
-        names = [f'{i} of the batch' for i in range(len(labels))] if names is None else names
-        batch = _Batch(labels, wrong, num_classes, names)
-        if not labels.is_cuda:
-            self._raise_if(wrong.any(), batch)
-            return labels
-        last = self._later.collect()
-        if last is not None:
-            self._raise_if(*last)
-        self._later.send(wrong.any(), batch)
-        return labels.masked_fill(wrong, 0 if ignore_index is None else ignore_index)
-
-    def _raise_if(self, found: Tensor, batch: _Batch) -> None:
-        if not found:
-            return
-        first = int(batch.wrong.flatten(1).any(1).nonzero()[0])
-        values = batch.labels[first][batch.wrong[first]].unique().tolist()
-        listed = ', '.join(map(str, values[:8])) + (', …' if len(values) > 8 else '')
-        raise ValueError(
-            f'image {batch.names[first]} has the labels {listed}, but there are only the {batch.num_classes} classes '
-            f'0 to {batch.num_classes - 1}; {self.hint}'
-        )
 
 
 class SegmentationLoss(nn.Module):
@@ -94,7 +22,7 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         self.ignore_index = ignore_index
         self.aux_weight = aux_weight
-        self._guard = LabelGuard(f'give pixels of no class the ignore index {ignore_index} or raise num_classes')
+        self._guard = LabelCheck(f'give pixels of no class the ignore index {ignore_index} or raise num_classes')
 
     def forward(self, logits: Tensor, labels: Tensor, aux_logits: Tensor | None = None) -> Tensor:
         """Compute the loss.
@@ -108,7 +36,7 @@ class SegmentationLoss(nn.Module):
             a scalar, float32 or wider; 0, with a graph, when every pixel is ignored.
 
         Raises:
-            ValueError: one class, labels of the wrong shape or type, or labels that are no class (see `LabelGuard`).
+            ValueError: one class, labels of the wrong shape or type, or labels that are no class (see `LabelCheck`).
         """
         num_classes = logits.shape[1]
         if num_classes < 2:

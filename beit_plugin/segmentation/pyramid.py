@@ -1,4 +1,4 @@
-"""Four-level feature pyramid for a plain vision transformer, and token sequences as maps.
+"""Four-level feature pyramid for a plain vision transformer.
 
 A BEiT encoder gives every map at the stride of its patches (16 pixels); dense heads want strides 4, 8, 16 and 32.
 The layers are those of BEiT (arXiv:2106.08254, appendix on ADE20K) with the parameter names of `Feature2Pyramid` in
@@ -24,28 +24,6 @@ _LEVELS = {
     0.5: ('downsample_2x', 1, 2),
     0.25: ('downsample_4x', 1, 4),
 }
-
-
-def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Drop the [CLS] token and lay the patch tokens out as a map.
-
-    Args:
-        tokens: (B, 1 + h·w, C), [CLS] first, patches row by row.
-        grid: (h, w) in patches.
-
-    Returns:
-        (B, C, h, w), a view of `tokens` in channels-last order.
-
-    Raises:
-        ValueError: the number of tokens does not fit the grid.
-    """
-    h, w = grid
-    if tokens.shape[1] != 1 + h * w:
-        raise ValueError(
-            f'got {tokens.shape[1]} tokens, but a grid of {h}x{w} patches has {1 + h * w} with [CLS]; '
-            'pass the grid of the image that these tokens come from'
-        )
-    return tokens[:, 1:].unflatten(1, (h, w)).permute(0, 3, 1, 2)  # B, C, h, w
 
 
 def _crop(x: Tensor, height: int, width: int) -> Tensor:

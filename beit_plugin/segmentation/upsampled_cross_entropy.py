@@ -31,7 +31,7 @@ def upsampled_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Sum of the pixels' cross-entropies after bilinear resizing of the logits, and how many pixels are right.
 
-    The callers check the labels (`LabelGuard`): one that is no class makes the sum NaN on a GPU, else an IndexError.
+    The callers check the labels (`LabelCheck`): one that is no class makes the sum NaN on a GPU, else an IndexError.
 
     Args:
         logits: (B, K, h, w), K >= 2, of any floating dtype; computed in float32 or wider.

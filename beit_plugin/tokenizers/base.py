@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ..models.checks import LateLook
+from ..models.deferred_check import DeferredCheck
 
 __all__ = ['Tokenizer', 'without_autocast']
 
@@ -138,7 +138,7 @@ class _RangeGuard:
     """Finds pixels outside of [0, 1] without a wait for the GPU in every step; see ``Tokenizer.check_images``."""
 
     def __init__(self) -> None:
-        self._later = LateLook()
+        self._later = DeferredCheck()
         self._seen = False
 
     def __call__(self, images: Tensor) -> None:

@@ -8,8 +8,9 @@ import torch
 from heads_common import GRIDS, assert_parity, assert_same_gradients, load_renamed, pyramid_maps, randomise
 from torch import nn
 
+from beit_plugin.models.embed import tokens_to_map
 from beit_plugin.segmentation.loss import SegmentationLoss
-from beit_plugin.segmentation.pyramid import FeaturePyramid, tokens_to_map
+from beit_plugin.segmentation.pyramid import FeaturePyramid
 from beit_plugin.segmentation.segmentor import BeitSegmentor, build_segmentor
 from beit_plugin.segmentation.upernet import FCNHead, UPerNetHead
 

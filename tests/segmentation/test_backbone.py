@@ -7,8 +7,8 @@ import torch
 from helpers import TINY, images, randomize, relative_error
 from torch import nn
 
+from beit_plugin.models.embed import tokens_to_map
 from beit_plugin.segmentation.backbone import BeitBackbone, pyramid_indices, resolve_stages
-from beit_plugin.segmentation.pyramid import tokens_to_map
 
 X = images(48, 80)
 

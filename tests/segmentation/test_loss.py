@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from beit_plugin.segmentation.loss import LabelGuard, SegmentationLoss
+from beit_plugin.models.deferred_check import LabelCheck
+from beit_plugin.segmentation.loss import SegmentationLoss
 
 
 def batch(classes=5, size=(12, 20), ignored=0.3):
@@ -70,7 +71,7 @@ def test_names_image_and_values_of_wrong_labels(value):
 
 def test_a_long_list_of_values_is_cut():
     with pytest.raises(ValueError, match=r'image a.png has the labels 5, 6, 7, 8, 9, 10, 11, 12, …, .*; look there'):
-        LabelGuard('look there')(torch.arange(20).view(1, 4, 5), 5, None, ['a.png'])
+        LabelCheck('look there')(torch.arange(20).view(1, 4, 5), 5, None, ['a.png'])
 
 
 def test_refuses_one_class():
@@ -92,9 +93,9 @@ def test_compiles_without_a_graph_break():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-class TestLabelGuardOnCuda:
+class TestLabelCheckOnCuda:
     def test_ignores_wrong_labels_now_and_reports_them_next(self):
-        guard = LabelGuard('look there')
+        guard = LabelCheck('look there')
         labels = torch.zeros(2, 1, 8, 8, dtype=torch.long, device='cuda')
         wrong = labels.clone()
         wrong[1, 0, 2, 3] = 200
@@ -107,7 +108,7 @@ class TestLabelGuardOnCuda:
 
     def test_without_an_ignore_index_wrong_labels_become_zero(self):
         wrong = torch.full((1, 2, 2), 9, device='cuda')
-        assert not LabelGuard('')(wrong, 5, None).any()
+        assert not LabelCheck('')(wrong, 5, None).any()
 
     def test_a_waiting_answer_is_neither_copied_nor_pickled(self):
         loss = SegmentationLoss()
@@ -118,7 +119,7 @@ class TestLabelGuardOnCuda:
             assert twin._guard._later._pending is None
 
     def test_does_not_wait_for_the_device(self):
-        guard = LabelGuard('')
+        guard = LabelCheck('')
         labels = torch.zeros(2, 8, 8, dtype=torch.long, device='cuda')
         guard(labels, 5, 255)
         torch.cuda.synchronize()

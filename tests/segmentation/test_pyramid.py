@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from beit_plugin.segmentation.pyramid import FeaturePyramid, tokens_to_map
+from beit_plugin.models.embed import tokens_to_map
+from beit_plugin.segmentation.pyramid import FeaturePyramid
 
 GRIDS = [(4, 4), (5, 7), (37, 53)]
 

@@ -13,7 +13,7 @@ from mmseg.models.losses import CrossEntropyLoss
 from mmseg.utils import SampleList
 from torch import Tensor, nn
 
-from ...segmentation.loss import LabelGuard
+from ...models.deferred_check import LabelCheck
 from ...segmentation.upernet import ConvNormAct, UPerNetLayers
 from ...segmentation.upsampled_cross_entropy import upsampled_cross_entropy
 from .norm import NormFactory, own_sync_bn
@@ -39,7 +39,7 @@ class _LeanLoss(BaseDecodeHead):
                 '0: use num_classes=2 and let the background be class 0 (no reduce_zero_label), or '
                 "loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True) and a threshold"
             )
-        self._label_guard = LabelGuard('check num_classes, and whether the dataset needs reduce_zero_label=True')
+        self._label_guard = LabelCheck('check num_classes, and whether the dataset needs reduce_zero_label=True')
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
         """The losses of `BaseDecodeHead.loss_by_feat`, by name, and `acc_seg` in percent.

@@ -9,7 +9,7 @@ from mmengine.registry import HOOKS
 from torch import Tensor
 
 from ...checkpoints.convert import some
-from ...models.checks import LateLook
+from ...models.deferred_check import DeferredCheck
 
 __all__ = ['BEiTInvalidLossHook', 'InvalidLossError']
 
@@ -43,7 +43,7 @@ class BEiTInvalidLossHook(Hook):
         if on_nan not in ('raise', 'continue'):
             raise ValueError(f"got on_nan={on_nan!r}, expected 'raise' or 'continue'")
         self.on_nan = on_nan
-        self._later = LateLook()
+        self._later = DeferredCheck()
         self._trained = 0  # iterations at the last look
         self._warned = False
 
