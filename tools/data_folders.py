@@ -54,7 +54,8 @@ def files_below(folder: Path, suffixes: set[str]) -> list[str]:
     from beit_plugin.data.image_list import folders_below
 
     files = (Path(where, name) for where, names in folders_below(folder) for name in names)
-    kept = (file for file in files if file.suffix.lower() in suffixes and not file.name.startswith('.'))  # macOS: ._x
+    kept = (file for file in files if file.suffix.lower() in suffixes and file.name[0] != '.')  # macOS: ._x
+    kept = (file for file in kept if not file.is_fifo())  # reading it may never end
     return sorted(str(file.relative_to(folder)) for file in kept)
 
 

@@ -158,7 +158,7 @@ def use_mixed_precision(cfg: Any, dtype: str) -> None:
 
 def load_weights(model: Any, checkpoint: Path) -> None:
     """Load all parameters of the model from the file; raises DataError when it does not fit."""
-    from beit_plugin.checkpoints.convert import CheckpointError
+    from beit_plugin.checkpoints.convert import CheckpointError, some
     from beit_plugin.checkpoints.files import read_state_dict
 
     try:
@@ -177,6 +177,9 @@ def load_weights(model: Any, checkpoint: Path) -> None:
     ]
     if parts:
         raise DataError(f'{checkpoint} does not fit the configuration: {" and ".join(parts)}.')
+    wrong = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if wrong:
+        raise DataError(f'{checkpoint} has weights that are not finite ({some(wrong)}): take an earlier checkpoint.')
 
 
 def scope_of(cfg: Any) -> AbstractContextManager:
@@ -248,7 +251,9 @@ def _train(cfg: Any) -> tuple[Path | None, str, float | None]:
     checkpoint = Path(last.read_text().strip()) if last.is_file() else None
     scalars = runner.message_hub.log_scalars
     miou = scalars['val/mIoU'].current() if 'val/mIoU' in scalars else None
-    return checkpoint, result(cfg, scalars) if is_pretraining(cfg) else score(scalars), miou
+    words = result(cfg, scalars) if is_pretraining(cfg) else score(scalars)
+    invalid = next(filter(None, (getattr(hook, 'found', None) for hook in runner.hooks)), None)
+    return checkpoint, words if invalid is None else f'{invalid}, so do not trust: {words}', miou
 
 
 def _run(step: Callable[[], Any], more: tuple[type[Exception], ...] = ()) -> Any:

@@ -8,7 +8,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -64,11 +63,12 @@ def open_wrappers(loaded: Any, source: str) -> StateDict:
     tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f'{source} holds no tensors by name, so it is no checkpoint of a model')
-    while True:
+    for _ in range(_DEPTH):
         prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)
         if prefix is None:
-            return with_grid(tensors, noted_grid(tensors, metadata_of(loaded).values()))
+            break
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return with_grid(tensors, noted_grid(tensors, metadata_of(loaded).values()))
 
 
 def read_state_dict(path: str | os.PathLike[str], stand_ins: Mapping[str, type] | None = None) -> StateDict:
@@ -107,24 +107,29 @@ def read_file(
         if str(error) == 'TorchScript':
             raise CheckpointError(f'{path} is a TorchScript program; save the state_dict() of the module') from error
         raise CheckpointError(
-            f'{path} would run code when loaded ({error}), so it was not; where you trust its origin, load it '
-            'yourself and save its state_dict() as safetensors'
+            f'{path} holds {error}, which is neither a tensor nor plain data, so nothing was loaded; where you trust '
+            'its origin, load it yourself and save its state_dict() as safetensors'
         ) from error
-    except (SafetensorError, UnpicklingError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors fails in several ways on a damaged header
         kind = 'safetensors' if path.suffix == '.safetensors' else 'checkpoint'
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f'{path} is cut off, damaged or no {kind} file ({error}); fetch or save it again'
+            f'{path} is cut off, damaged or no {kind} file ({reason}); fetch or save it again'
         ) from error
 
 
 def is_damaged(path: Path) -> bool:
     """Whether a file that ``torch.save`` wrote fails its checksums, which ``torch.load`` does not look at."""
-    if not zipfile.is_zipfile(path):  # torch's old format has none
-        return False
     try:
+        if not zipfile.is_zipfile(path):  # torch's old format has none
+            return False
         with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type for entry in archive.infolist()):  # torch writes none
+                return True
             return has_checksums(archive) and archive.testzip() is not None
-    except (zipfile.BadZipFile, OSError):
+    except Exception:  # zipfile fails in every way on an archive that is damaged
         return True
 
 

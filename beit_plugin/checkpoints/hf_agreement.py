@@ -76,6 +76,9 @@ def _sizes(config: HFConfig, shapes: _Shapes) -> Iterator[tuple[str, Any, Any, s
     }
     for option, (value, name) in flags.items():
         yield option, value, name in shapes, name
+    norms = {'norm.weight', 'fc_norm.weight'} & shapes.keys()  # after the encoder, or after the mean of the patches
+    if config.task in ('encoder', 'classifier') and len(norms) == 1:
+        yield 'use_mean_pooling', said['global_pool'] == 'avg', 'fc_norm.weight' in norms, norms.pop()
     if 'decode_head.conv_seg.weight' in shapes and config.task == 'segmentor':
         pools = 'decode_head.psp_modules.'
         yield 'a number of pool_scales of', len(said['pool_scales']), _count(shapes, pools), pools

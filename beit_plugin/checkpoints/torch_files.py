@@ -27,6 +27,7 @@ from .unpickle import DataUnpickler, UnknownName
 
 __all__ = ['has_checksums', 'read_torch_file']
 
+_MOST_DIMENSIONS = 64  # of a tensor in PyTorch
 _GROWTH, _FREE = 4, 64 << 20  # a file may become so many times its size, and so many bytes more
 _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch.serialization.MAGIC_NUMBER, PROTOCOL_VERSION
 _STORAGES = {
@@ -46,8 +47,14 @@ class _Storage:
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Tensor:
     """Stands for `torch._utils._rebuild_tensor` and its later versions."""
     dtypes = [value for value in rest if isinstance(value, torch.dtype)]  # of version 3, whose storage has none
+    if any(type(value) is dict and value for value in rest):
+        raise UnpicklingError('a conjugated or negated view of a tensor; save it by .resolve_conj() or .resolve_neg()')
     numbers = (offset, *size, *stride)
-    if not isinstance(storage, _Storage) or len(size) != len(stride) or not all(type(n) is int for n in numbers):
+    if (
+        not isinstance(storage, _Storage)
+        or not len(size) == len(stride) <= _MOST_DIMENSIONS
+        or not all(type(n) is int for n in numbers)
+    ):
         raise UnpicklingError('a tensor without a storage, a size and a stride')
     dtype = dtypes[0] if dtypes else storage.dtype
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -211,10 +218,10 @@ def read_torch_file(path: Path, with_values: bool = True, stand_ins: Mapping[str
     more = stand_ins or {}
     known = {**_FUNCTIONS, **more}, _VALUES, (*BUILDABLE, *more.values())
     budget = _GROWTH * path.stat().st_size + _FREE
-    read = _read_archive if zipfile.is_zipfile(path) else _read_legacy
     try:
+        read = _read_archive if zipfile.is_zipfile(path) else _read_legacy
         return read(path, known, with_values, budget)
-    except UnknownName:
+    except (UnknownName, MemoryError):
         raise
     except Exception as error:  # a damaged file fails in every way
         ours = isinstance(error, UnpicklingError | zipfile.BadZipFile)

@@ -12,7 +12,9 @@ from torch import Tensor
 __all__ = ['DataUnpickler', 'UnknownName']
 
 _OBJECT = 64  # bytes of a small Python object
-_KEYS = (str, int, float, bytes, bool, type(None))  # a hash of nested tuples could overflow the stack
+_KEY_TYPES = (str, int, bytes, bool, type(None))  # a hash of nested tuples could overflow the stack
+_LARGEST_KEY = 1 << 60  # beyond it integers can be chosen that all have one hash
+_LARGEST_INTEGER = 256  # bits: products of sizes stay cheap
 
 
 class UnknownName(UnpicklingError):
@@ -55,6 +57,8 @@ class DataUnpickler:
             self.charge(_OBJECT + (len(arg) if isinstance(arg, str | bytes) else 0))
             if opcode.name == 'STOP':
                 return self.stack.pop()
+            if isinstance(arg, int) and arg.bit_length() > _LARGEST_INTEGER:
+                raise UnpicklingError('it holds an enormous integer')
             self._run(opcode.name, arg)
         raise UnpicklingError('it has no end')
 
@@ -109,7 +113,7 @@ class DataUnpickler:
             case 'BINPERSID':
                 stack.append(self.persistent(stack.pop()))
             case _:
-                raise UnpicklingError(f'the instruction {name} is not of a checkpoint')
+                raise UnpicklingError(f'its pickle has the instruction {name}, which protocols from 2 on do not use')
 
     def _since_mark(self) -> list[Any]:
         start = self.marks.pop()
@@ -125,17 +129,16 @@ class DataUnpickler:
         raise UnknownName(name)
 
     def _extend(self, target: Any, items: list[Any], kind: type) -> None:
-        if type(target) is not kind or (kind is set and not all(isinstance(item, _KEYS) for item in items)):
+        if type(target) is not kind or (kind is set and not all(map(_is_key, items))):
             raise UnpicklingError(f'it adds to a {type(target).__name__}')
         target.extend(items) if kind is list else target.update(items)
 
     def _update(self, target: Any, items: list[Any]) -> None:
         keys, values = items[::2], items[1::2]
-        if not isinstance(target, dict) or not all(isinstance(key, _KEYS) for key in keys):
-            raise UnpicklingError(
-                f'it sets items of a {type(target).__name__}, or by other names than text and numbers'
-            )
-        target.update(zip(keys, values, strict=True))
+        if not isinstance(target, dict) or not all(map(_is_key, keys)):
+            raise UnpicklingError(f'it sets items of a {type(target).__name__}, or by keys that are not plain')
+        for key, value in zip(keys, values, strict=True):  # a Counter's update would count them
+            target[key] = value
 
     def _call(self, function: Any, args: Any) -> Any:
         if type(args) is not tuple or not any(function is known for known in self.functions.values()):
@@ -154,7 +157,7 @@ class DataUnpickler:
         if type(pairs) not in (tuple, list, type({}.items())):
             raise UnpicklingError(f'it makes a {kind.__name__} of a {type(content).__name__}')
         keys = [pair if kind is set else pair[0] for pair in pairs]
-        if not all(isinstance(key, _KEYS) for key in keys):
+        if not all(map(_is_key, keys)):
             raise UnpicklingError(f'it makes a {kind.__name__} of keys that are not plain')
         return kind(pairs) if kind is not Counter else Counter(dict(pairs))
 
@@ -168,6 +171,10 @@ class DataUnpickler:
             target.__setstate__(state)
         else:
             raise UnpicklingError(f'it sets the state of a {type(target).__name__}')
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, _KEY_TYPES) and not (isinstance(value, int) and abs(value) > _LARGEST_KEY)
 
 
 def _weight(value: Any, nested: bool = True) -> int:

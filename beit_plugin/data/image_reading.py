@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from io import BytesIO
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -163,6 +164,8 @@ def _with_file(source: Any, name: str) -> str:
 
 def _open(source: Any, name: str) -> Image.Image:
     """A Pillow image, read to its end and turned as its EXIF data say."""
+    if isinstance(source, str | os.PathLike) and (Path(source).is_fifo() or Path(source).is_char_device()):
+        raise ValueError(f'{name} is no regular file and may never end: give the path of an image')
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
             image.load()  # a file of several frames stays open after it, hence the with

@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ['MODULE_STAND_INS']
 
-_MOST_TENSORS = 1000  # the encoder has 86
+_MOST_TENSORS, _LONGEST_NAME = 1000, 200  # the encoder has 86, of 50 characters
 
 
 class _Tensors(dict[str, Tensor]):
@@ -22,12 +22,16 @@ class _Tensors(dict[str, Tensor]):
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         for kind in ('_parameters', '_buffers'):
-            self.update((name, tensor) for name, tensor in state[kind].items() if isinstance(tensor, Tensor))
+            self._add('', {name: tensor for name, tensor in state[kind].items() if isinstance(tensor, Tensor)})
         for name, child in state['_modules'].items():  # pickles finish the children first
             if isinstance(child, _Tensors):
-                self.update((f'{name}.{inner}', tensor) for inner, tensor in child.items())
-        if len(self) > _MOST_TENSORS:
-            raise ValueError(f'a module of {len(self)} tensors is no dVAE')
+                self._add(f'{name}.', child)
+
+    def _add(self, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+        longest = max(map(len, tensors), default=0) + len(prefix)
+        if len(self) + len(tensors) > _MOST_TENSORS or longest > _LONGEST_NAME:
+            raise ValueError('a module with so many tensors, or such long names, is no dVAE')
+        self.update((prefix + name, tensor) for name, tensor in tensors.items())
 
 
 # what https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl hold: openai/DALL-E at 5be4b23 on torch 1.7

@@ -95,7 +95,10 @@ class Pickles:
         return b']' + b''.join(item + b'a' for item in self.items(depth))
 
     def dict(self, depth: int) -> bytes:
-        target = self.maybe(b'}', depth)
+        target = self.random.choice(
+            [b'}', b'}', call(name('collections.Counter')), call(name('collections.OrderedDict'))]
+        )
+        target = self.maybe(target, depth)
         return target + b''.join(self.maybe(self.word(depth), depth) + item + b's' for item in self.items(depth))
 
     def call(self, depth: int) -> bytes:

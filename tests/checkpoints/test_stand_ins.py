@@ -16,7 +16,7 @@ from checkpoints.pickle_grammar import archive, call, integer, name, text
 
 import beit_plugin  # noqa: F401  registers the stand-ins
 from beit_plugin.checkpoints import CheckpointError, stand_ins
-from beit_plugin.checkpoints.files import read_file
+from beit_plugin.checkpoints.files import is_damaged, read_file, read_state_dict
 from beit_plugin.checkpoints.stand_ins import register_stand_ins
 
 READERS = {'ours': read_file, 'torch': lambda path: torch.load(path, weights_only=True)}
@@ -202,6 +202,9 @@ FILLING = {
     + b''.join(call(name('_codecs.encode'), b'h\x01', text('latin1')) + b'a' for _ in range(200)),
     'one list many times': b']q\x01(' + b'N' * 10**5 + b'e0]' + b''.join(
         call(name('collections.Counter'), b'h\x01') + b'a' for _ in range(200)),
+    'enormous sizes': call(name('torch._utils._rebuild_tensor'), STORAGE, integer(0),
+                           b'(' + b'\x8b' + (5000).to_bytes(4, 'little') + b'\x7f' * 5000 + b't', group(integer(1))),
+    'keys of one hash': b'}(' + b''.join(integer(k * (2**61 - 1)) + b'N' for k in range(2, 2000)) + b'u',
     'many objects': b'](' + b'}' * 1_200_000 + b'e',
 }  # fmt: skip
 
@@ -210,8 +213,25 @@ FILLING = {
 def test_files_that_would_fill_memory_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / 'x.pth'
     path.write_bytes(archive(b'\x80\x02' + content + b'.'))
-    with pytest.raises(CheckpointError, match=r'x.pth (is cut off, damaged|would run code)'):
+    with pytest.raises(CheckpointError, match=r'x.pth (is cut off, damaged|holds )'):
         read_file(path)
+
+
+def test_a_counter_holds_what_is_set(tmp_path: Path) -> None:
+    path = tmp_path / 'x.pth'
+    path.write_bytes(archive(b'\x80\x02' + call(name('collections.Counter')) + text('k') + NESTED + b's.'))
+    assert list(read_file(path)) == ['k']  # the value is not hashed
+
+
+def test_long_prefixes_end(tmp_path: Path) -> None:
+    path = save(tmp_path, {'module.' * 50_000 + 'w': torch.zeros(1)})
+    assert len(next(iter(read_state_dict(path)))) > 300_000  # a few are taken off
+
+
+@pytest.mark.parametrize('view', [lambda x: x.conj(), lambda x: x.conj().imag], ids=['conjugated', 'negated'])
+def test_lazy_views_are_refused(tmp_path: Path, view) -> None:
+    with pytest.raises(CheckpointError, match=r'resolve_conj'):
+        read_file(save(tmp_path, {'a': view(torch.randn(3, dtype=torch.complex64))}))
 
 
 def test_compressed_archives_are_refused(tmp_path: Path) -> None:
@@ -237,6 +257,7 @@ def test_every_bit_counts(tmp_path: Path) -> None:
             loaded = read_file(path)
         except CheckpointError:
             continue
+        assert not is_damaged(path)
         # in the padding between the records
         assert all(torch.equal(loaded[key], value) for key, value in state.items())
 

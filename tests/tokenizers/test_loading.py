@@ -220,12 +220,10 @@ class Evil:
 def test_pickles_that_run_code_are_refused(make_dalle, tmp_path, capsys):
     module = make_dalle().encoder
     torch.save(module, tmp_path / 'x.pkl')  # of classes that no published file has
-    with pytest.raises(
-        CheckpointError, match=r'would run code when loaded \(beit_plugin\..*DalleEncoder\), .* save its'
-    ):
+    with pytest.raises(CheckpointError, match=r'holds beit_plugin\..*DalleEncoder, which is neither.* save its'):
         load_tokenizer(tmp_path / 'x.pkl')
     torch.save({'blocks.input.w': Evil()}, tmp_path / 'y.pkl')
-    with pytest.raises(CheckpointError, match=r'would run code when loaded \(builtins.print\)'):
+    with pytest.raises(CheckpointError, match=r'holds builtins.print, which is neither'):
         load_tokenizer(tmp_path / 'y.pkl')
     assert not capsys.readouterr().out
     assert not [g for g in torch.serialization.get_safe_globals() if 'dall_e' in str(g)]

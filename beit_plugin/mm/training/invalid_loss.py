@@ -45,12 +45,12 @@ class BEiTInvalidLossHook(Hook):
         self.on_nan = on_nan
         self._later = DeferredCheck()
         self._trained = 0  # iterations at the last look
-        self._warned = False
+        self.found: str | None = None  # what was not finite, where the training goes on
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        if self._warned:
+        if self.found:
             return
         self._trained = runner.iter + 1
         self._check_loss(runner, self._later.collect())  # of the iteration before
@@ -74,7 +74,7 @@ class BEiTInvalidLossHook(Hook):
         self._check_now(runner)
 
     def _check_now(self, runner: Any) -> None:
-        if self._warned or not self._trained:  # validation alone
+        if self.found or not self._trained:  # validation alone
             return
         self._check_loss(runner, self._later.collect())
         parameters = {name.removeprefix('module.'): x for name, x in runner.model.named_parameters()}
@@ -95,10 +95,10 @@ class BEiTInvalidLossHook(Hook):
         self._report(runner, f'the loss is not finite in iteration {iteration} ({listed})')
 
     def _report(self, runner: Any, what: str) -> None:
-        if self._warned:
+        if self.found:
             return
         if self.on_nan == 'continue':
-            self._warned = True
+            self.found = what
             runner.logger.warning(f'{what}; going on without further checks, as on_nan asks')
             return
         last = runner.message_hub.get_info('last_ckpt')  # a resumed training has that of its checkpoint
