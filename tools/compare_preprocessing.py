@@ -74,7 +74,6 @@ def main() -> None:
         raise DataError('transformers, one of the peers, is not installed: pip install transformers.')
     warnings.filterwarnings('ignore')  # of the peers, while they are imported
     import torch
-    from predict import reason
     from predict_models import read_image
     from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     from tqdm import tqdm
@@ -96,7 +95,7 @@ def main() -> None:
         try:
             image = read_image(path)
         except UNREADABLE as error:
-            failed.append(f'{path} ({reason(error)})')
+            failed.append(f'{path} ({error})')
             continue
         ours = {backend: processor(image).pixel_values[0] for backend, processor in processors.items()}
         for name, backend, prepare in peers:

@@ -78,7 +78,7 @@ def swapped(name, form, **sizes):
         elif head:
             pyramid.update(num_outs=4)
             head.in_channels = [256] * 4
-        model.neck = [pyramid, *others]
+        model.neck = [pyramid, *others] if others else pyramid
     return model
 
 

@@ -160,7 +160,9 @@ torch.distributed.destroy_process_group()
 
 def test_all_processes_stop(tmp_path):
     """The loss of the second process alone is NaN."""
-    (tmp_path / 'script.py').write_text(SCRIPT.format(paths=[str(ROOT / 'tests/mm'), str(ROOT / 'tests'), str(ROOT)]))
+    (tmp_path / 'script.py').write_text(
+        SCRIPT.format(paths=[str(Path(__file__).parent), str(ROOT / 'tests'), str(ROOT)])
+    )
     torchrun(tmp_path / 'script.py', tmp_path)
     for name, words in (
         ('loss', 'in iteration 5 ('),
