@@ -70,7 +70,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _without_number(error: OSError) -> str:
-    """What the system says, and of which file."""
+    """The message of the operating system, with the name of the file."""
     if error.strerror:
         return f'{error.filename}: {error.strerror}' if error.filename else error.strerror
     last = (str(error).strip() or type(error).__name__).splitlines()[-1]  # a worker sends its traceback as the text

@@ -73,7 +73,7 @@ def noted_grid(state_dict: Mapping[str, Tensor], said: Iterable[Mapping[str, Any
 
     Args:
         state_dict: names to tensors, of any dialect.
-        said: metadata of modules, beside that of the state dict.
+        said: more metadata of modules, such as the `local_metadata` that a hook gets.
     """
     notes = [entry[GRID_NOTE] for entry in (*said, *metadata_of(state_dict).values()) if GRID_NOTE in entry]
     grid = notes[0] if notes and all(note == notes[0] for note in notes) else None

@@ -27,7 +27,7 @@ def check_agreement(config: HFConfig, state_dict: Mapping[str, Tensor], path: Pa
 
     Args:
         config: of the file at `path`, for the message.
-        state_dict: the tensors beside it, of any dialect; what is no BEiT is left to who loads it.
+        state_dict: the tensors beside it, of any dialect; weights that are not a BEiT are not compared.
 
     Raises:
         CheckpointError: they contradict each other.

@@ -191,7 +191,7 @@ def _read_legacy(path: Path, known: Any, with_values: bool, budget: int) -> Any:
     with path.open('rb') as stream:
         magic, version, system = (unpickler.load(stream) for _ in range(3))
         if magic != _LEGACY_MAGIC or version != _LEGACY_VERSION:
-            raise UnpicklingError('it is no file of torch')
+            raise UnpicklingError('it was not written by torch.save')
         if system['little_endian'] != (sys.byteorder == 'little'):
             raise UnpicklingError('it was written on a machine of another byte order')
         loaded, keys = unpickler.load(stream), unpickler.load(stream)

@@ -73,11 +73,10 @@ class DataUnpickler:
                 stack.append({'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}[name])
             case 'EMPTY_DICT' | 'EMPTY_LIST' | 'EMPTY_TUPLE' | 'EMPTY_SET':
                 stack.append({'EMPTY_DICT': dict, 'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple, 'EMPTY_SET': set}[name]())
-            case 'BININT' | 'BININT1' | 'BININT2' | 'LONG1' | 'LONG4' | 'BINFLOAT':
-                stack.append(arg)
-            case 'BINUNICODE' | 'SHORT_BINUNICODE' | 'BINUNICODE8':
-                stack.append(arg)
-            case 'BINBYTES' | 'SHORT_BINBYTES' | 'BINBYTES8':
+            case (
+                'BININT' | 'BININT1' | 'BININT2' | 'LONG1' | 'LONG4' | 'BINFLOAT'
+                | 'BINUNICODE' | 'SHORT_BINUNICODE' | 'BINUNICODE8' | 'BINBYTES' | 'SHORT_BINBYTES' | 'BINBYTES8'
+            ):  # fmt: skip
                 stack.append(arg)
             case 'BINSTRING' | 'SHORT_BINSTRING':  # of Python 2; genops reads them as latin1
                 stack.append(arg.encode('latin1'))

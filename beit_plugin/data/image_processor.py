@@ -56,7 +56,7 @@ class BatchFeature(dict[str, Any]):
     def to(self, *args: Any, **kwargs: Any) -> 'BatchFeature':
         """Moves the tensors in place and returns itself; arguments as ``torch.Tensor.to``.
 
-        Only tensors of floating point take a dtype. What is no tensor stays.
+        A dtype applies to floating-point tensors only; other values stay unchanged.
         """
         first = args[0] if args else kwargs.get('device')
         device = None if isinstance(first, torch.dtype) else first
